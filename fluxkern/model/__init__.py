@@ -1,0 +1,1 @@
+"""The FLUX.1 networks: transformer, autoencoder, text encoders and the sampling loop."""

@@ -1,0 +1,270 @@
+"""The two text encoders of FLUX.1: CLIP gives one vector a prompt, T5 a sequence of them."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+T5_LIMIT = 512
+_MAX_CONFIG_BYTES = 1 << 20
+_CODE_CHOOSING_KEYS = (
+    "auto_map",
+    "trust_remote_code",
+    "custom_pipelines",
+    "quantization_config",
+    "attn_implementation",
+    "experts_implementation",
+    "kernel_config",
+    "use_kernels",
+)
+_FILE_CHOOSING_KEYS = ("vocab_file", "merges_file", "tokenizer_file", "fast_tokenizer_files")
+
+
+class TextEncoder:
+    """CLIP and T5 with their tokenizers.
+
+    Args:
+        clip: transformers' CLIPTextModel.
+        clip_tokenizer: its tokenizer; `model_max_length` (77) is the length it is given.
+        t5: transformers' T5EncoderModel.
+        t5_tokenizer: its tokenizer; `model_max_length` is the length the checkpoint was trained at.
+    """
+
+    def __init__(
+        self,
+        clip: CLIPTextModel,
+        clip_tokenizer: CLIPTokenizer,
+        t5: T5EncoderModel,
+        t5_tokenizer: T5TokenizerFast,
+    ) -> None:
+        self.clip = clip.eval()
+        self.clip_tokenizer = clip_tokenizer
+        self.t5 = t5.eval()
+        self.t5_tokenizer = t5_tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.t5.device
+
+    @property
+    def max_sequence_length(self) -> int:
+        """T5 length the checkpoint was made for, at most 512."""
+        return min(self.t5_tokenizer.model_max_length, T5_LIMIT)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> TextEncoder:
+        """Move both encoders.
+
+        Args:
+            device: where to; None leaves them.
+            dtype: floating dtype to cast to; None leaves it.
+
+        Returns:
+            This text encoder.
+        """
+        for encoder in (self.clip, self.t5):
+            encoder.to(device=device, dtype=dtype)
+        return self
+
+    def encode(
+        self,
+        prompt: list[str],
+        prompt_2: list[str] | None = None,
+        max_sequence_length: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Encode prompts; what an encoder has no room for is cut with a warning that shows it.
+
+        Args:
+            prompt: B prompts, for CLIP.
+            prompt_2: B prompts for T5; None gives it `prompt`.
+            max_sequence_length: tokens T5 pads or cuts to, 1 to 512; None is the checkpoint's own.
+
+        Returns:
+            txt [B, max_sequence_length, context], T5's last hidden state with padding encoded too;
+            vec [B, vec], CLIP's pooled output. Both in their encoder's dtype.
+
+        Raises:
+            ValueError: a prompt that is not valid text, lists of different length or a
+                `max_sequence_length` out of bounds.
+
+        Source: diffusers `FluxPipeline.encode_prompt`.
+        """
+        prompt_2 = prompt if prompt_2 is None else prompt_2
+        length = self.max_sequence_length if max_sequence_length is None else max_sequence_length
+        check_texts("prompt", prompt)
+        check_texts("prompt_2", prompt_2)
+        if len(prompt_2) != len(prompt):
+            raise ValueError(f"prompt_2: {len(prompt_2)} texts for {len(prompt)} of prompt")
+        if not 1 <= length <= T5_LIMIT:
+            raise ValueError(f"max_sequence_length must be from 1 to {T5_LIMIT}, got {length}")
+        clip_ids = _tokenize(
+            self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length, "CLIP"
+        )
+        t5_ids = _tokenize(self.t5_tokenizer, prompt_2, length, "T5")
+        vec = self.clip(clip_ids.to(self.clip.device)).pooler_output
+        txt = self.t5(t5_ids.to(self.t5.device)).last_hidden_state
+        return txt, vec
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> TextEncoder:
+        """Load the text encoders of a diffusers folder, without network and without its code.
+
+        Args:
+            folder: holds `tokenizer`, `tokenizer_2`, `text_encoder` and `text_encoder_2`.
+            dtype: floating dtype of the weights.
+            device: where the encoders go.
+
+        Returns:
+            The text encoder.
+
+        Raises:
+            ValueError: a part is absent, is another kind of model, has missing, unexpected or
+                mis-shaped tensors, or asks for code or files of its own.
+        """
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+        folder = Path(folder)
+        clip_tokenizer = _load_tokenizer(CLIPTokenizer, folder / "tokenizer")
+        t5_tokenizer = _load_tokenizer(T5TokenizerFast, folder / "tokenizer_2")
+        clip = _load_model(CLIPTextModel, ("clip_text_model",), folder / "text_encoder", dtype)
+        t5 = _load_model(T5EncoderModel, ("t5",), folder / "text_encoder_2", dtype)
+        return cls(clip, clip_tokenizer, t5, t5_tokenizer).to(device)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the four parts as subfolders of a diffusers folder.
+
+        Args:
+            folder: holds the parts afterwards.
+        """
+        folder = Path(folder)
+        self.clip_tokenizer.save_pretrained(folder / "tokenizer")
+        self.t5_tokenizer.save_pretrained(folder / "tokenizer_2")
+        self.clip.save_pretrained(folder / "text_encoder")
+        self.t5.save_pretrained(folder / "text_encoder_2")
+
+
+def check_texts(name: str, texts: object) -> None:
+    """Refuse what a tokenizer cannot read.
+
+    Args:
+        name: the argument, for the message.
+        texts: should be a list of str.
+
+    Raises:
+        ValueError: not a list, an empty list, an item that is not str or holds lone surrogates.
+    """
+    if not isinstance(texts, list) or not texts:
+        raise ValueError(f"{name} must be a list of at least one text, got {texts!r:.80}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must be text, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name}: not valid Unicode: {ascii(text)[:80]}") from None
+
+
+def _tokenize(tokenizer: Any, texts: list[str], limit: int, name: str) -> Tensor:
+    for ids in tokenizer(texts, verbose=False).input_ids:
+        if len(ids) > limit:
+            # the last token kept is the end mark, so the cut begins one earlier
+            cut = textwrap.shorten(tokenizer.decode(ids[limit - 1 : -1]), 400, placeholder=" ...")
+            warnings.warn(
+                f"{name} reads {limit} tokens and the prompt has {len(ids)}; this was cut: {cut!r}",
+                stacklevel=4,
+            )
+    padded = tokenizer(
+        texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+    )
+    return padded.input_ids  # [B, limit]
+
+
+def _load_tokenizer(kind: type, folder: Path) -> Any:
+    config = _read_config(folder, "tokenizer_config.json")
+    for key in _FILE_CHOOSING_KEYS:
+        if config.get(key) is not None:
+            raise ValueError(f"{folder}: tokenizer_config.json may not choose a file ({key})")
+    return _with_short_errors(folder, kind.from_pretrained, folder, local_files_only=True)
+
+
+def _load_model(kind: type, model_types: tuple[str, ...], folder: Path, dtype: torch.dtype) -> Any:
+    from fluxkern import checkpoint
+
+    config = _read_config(folder, "config.json")
+    if config.get("model_type") not in model_types:
+        raise ValueError(
+            f"{folder}: model_type must be {model_types[0]!r}, "
+            f"got {str(config.get('model_type'))[:80]!r}"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder}: holds an adapter, which fluxkern does not load")
+    checkpoint.check_index(folder)
+    model, report = _with_short_errors(
+        folder,
+        kind.from_pretrained,
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    for fault in ("missing", "unexpected", "mismatched"):
+        names = sorted(map(str, report[f"{fault}_keys"]))
+        if names:
+            raise ValueError(f"{folder}: {len(names)} {fault} tensors: {', '.join(names[:8])}")
+    return model.requires_grad_(False)
+
+
+def _with_short_errors(folder: Path, load: Any, *args: Any, **options: Any) -> Any:
+    """Turn whatever transformers and safetensors raise for a bad folder into one line."""
+    try:
+        return load(*args, **options)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder}: cannot be loaded: {type(error).__name__}: {reason[:300]}"
+        ) from error
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{folder}: has no {name}")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path}: larger than {_MAX_CONFIG_BYTES} bytes")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not JSON") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    _refuse_code(path, config)
+    return config
+
+
+def _refuse_code(path: Path, value: object) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            bare = key.lstrip("_").removesuffix("_internal").removesuffix("_autoset")
+            if bare in _CODE_CHOOSING_KEYS and inner:
+                raise ValueError(f"{path}: {key} chooses code, which fluxkern does not allow")
+            _refuse_code(path, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_code(path, inner)

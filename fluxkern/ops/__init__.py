@@ -1,0 +1,42 @@
+"""The ops of FLUX.1, each with its meaning in `fluxkern.reference` and its backends behind one call."""
+
+from ._dispatch import BACKENDS, Backend, Choice, explain, register
+from .attention import attention, attention_lse
+from .gated_residual import gated_residual, joint_gated_residual
+from .gated_residual_norm_modulate import (
+    gated_residual_norm_modulate,
+    joint_gated_residual_norm_modulate,
+)
+from .gelu_tanh import gelu_tanh
+from .group_norm_silu import group_norm_silu
+from .linear import linear
+from .modulation import modulation
+from .norm_modulate import joint_norm_modulate, norm_modulate
+from .qk_norm_rope import joint_qk_norm_rope, qk_norm_rope, qk_norm_rope_
+from .rope_attention import rope_attention
+from .timestep_embedding import timestep_embedding
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Choice",
+    "attention",
+    "attention_lse",
+    "explain",
+    "gated_residual",
+    "gated_residual_norm_modulate",
+    "gelu_tanh",
+    "group_norm_silu",
+    "joint_gated_residual",
+    "joint_gated_residual_norm_modulate",
+    "joint_norm_modulate",
+    "joint_qk_norm_rope",
+    "linear",
+    "modulation",
+    "norm_modulate",
+    "qk_norm_rope",
+    "qk_norm_rope_",
+    "register",
+    "rope_attention",
+    "timestep_embedding",
+]

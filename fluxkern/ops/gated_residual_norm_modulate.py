@@ -1,0 +1,118 @@
+"""`gated_residual` and the `norm_modulate` that follows it, in one pass over the residual stream."""
+
+from torch import Tensor
+
+from .. import reference
+from . import _checks, _dispatch
+
+_dispatch.register(
+    "gated_residual_norm_modulate",
+    _dispatch.Backend("reference", reference.gated_residual_norm_modulate),
+)
+_dispatch.register(
+    "joint_gated_residual_norm_modulate",
+    _dispatch.Backend("reference", reference.joint_gated_residual_norm_modulate),
+)
+
+
+def gated_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Adds the gated branch to the residual stream and prepares the next branch's input.
+
+    x_new = x + gate * y;  h = layer_norm(x_new, eps) * (1 + scale) + shift
+
+    Args:
+        x: [B, L, C], floating point, last axis contiguous.
+        y: [B, L, C], dtype of x.
+        gate, scale, shift: [B, 1, C] or [B, C], dtype of x; may be chunk views of the modulation.
+        eps: added to the variance.
+        backend: one of `fluxkern.ops.BACKENDS`; None takes the first that can run.
+
+    Returns:
+        (x_new, h), both [B, L, C], dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride disagrees; names the argument and both values.
+        NotImplementedError: the named backend cannot run this; gives every backend's reason.
+
+    Gradients: all five tensors.
+    Source: black-forest-labs/flux, modules/layers.py, DoubleStreamBlock.forward.
+    """
+    _checks.tokens("x", x)
+    _checks.same_tokens("y", y, "x", x)
+    for name, vec in (("gate", gate), ("scale", scale), ("shift", shift)):
+        _checks.row(name, vec, x)
+    return _dispatch.run(
+        "gated_residual_norm_modulate", backend, x, y, gate, scale, shift, eps
+    )
+
+
+def joint_gated_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    txt_gate: Tensor,
+    txt_scale: Tensor,
+    txt_shift: Tensor,
+    img_gate: Tensor,
+    img_scale: Tensor,
+    img_shift: Tensor,
+    txt_len: int,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual_norm_modulate` on a joint sequence: the first txt_len tokens take txt_*.
+
+    (x_new, h) of the text rows with the text vectors, of the others with the image vectors
+
+    Args:
+        x, y: [B, L, C], text first, same dtype, last axis contiguous.
+        txt_gate, txt_scale, txt_shift, img_gate, img_scale, img_shift: [B, 1, C] or [B, C],
+            dtype of x.
+        txt_len: text tokens, 0 to L.
+        eps: added to the variance.
+        backend: as in `gated_residual_norm_modulate`.
+
+    Returns:
+        (x_new, h), both [B, L, C], dtype of x.
+
+    Raises:
+        ValueError, NotImplementedError: as `gated_residual_norm_modulate`.
+
+    Gradients: all eight tensors.
+    Source: as `gated_residual_norm_modulate`.
+    """
+    _checks.tokens("x", x)
+    _checks.same_tokens("y", y, "x", x)
+    for name, vec in (
+        ("txt_gate", txt_gate),
+        ("txt_scale", txt_scale),
+        ("txt_shift", txt_shift),
+        ("img_gate", img_gate),
+        ("img_scale", img_scale),
+        ("img_shift", img_shift),
+    ):
+        _checks.row(name, vec, x)
+    _checks.txt_len(txt_len, x.shape[1])
+    return _dispatch.run(
+        "joint_gated_residual_norm_modulate",
+        backend,
+        x,
+        y,
+        txt_gate,
+        txt_scale,
+        txt_shift,
+        img_gate,
+        img_scale,
+        img_shift,
+        txt_len,
+        eps,
+    )

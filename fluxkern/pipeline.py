@@ -1,0 +1,475 @@
+"""A prompt becomes a picture: the FLUX.1 text-to-image pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluxkern import checkpoint
+from fluxkern.model import sampling
+from fluxkern.model.autoencoder import AutoEncoder
+from fluxkern.model.sampling import Conditioning, Generators, ScheduleConfig, Step
+from fluxkern.model.text_encoder import T5_LIMIT, TextEncoder, check_texts
+from fluxkern.model.transformer import Flux
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+COMPACT_WEIGHTS = Path(__file__).parent / "compact" / "weights"
+DEFAULT_SIZE = 1024
+MAX_SIZE = 8192
+MAX_STEPS = 1000
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ("latents", "prompt_embeds")
+
+Texts = str | list[str] | None
+
+
+@dataclass
+class FluxPipelineOutput:
+    """What a pipeline returns: the pictures, one after another for each prompt."""
+
+    images: list[Image] | np.ndarray | Tensor
+
+
+class FluxPipeline:
+    """Text to image with FLUX.1: transformer, autoencoder, two text encoders and a schedule.
+
+    A callback may set `interrupt` to True to end a running call after the current step.
+
+    Args:
+        transformer: a text-to-image Flux.
+        vae: the autoencoder, 16 channels at an eighth of the size.
+        text_encoder: CLIP and T5 of the widths that the transformer takes.
+        schedule: spacing of the noise levels.
+        default_size: height and width in pixels of a picture whose size is not given.
+
+    Raises:
+        ValueError: parts that do not fit together; names both sizes.
+    """
+
+    def __init__(
+        self,
+        transformer: Flux,
+        vae: AutoEncoder,
+        text_encoder: TextEncoder,
+        schedule: ScheduleConfig,
+        default_size: int = DEFAULT_SIZE,
+    ) -> None:
+        self.transformer = transformer.eval()
+        self.vae = vae.eval()
+        self.text_encoder = text_encoder
+        self.schedule = schedule
+        self.default_size = default_size
+        self.interrupt = False
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        flux, vae, text = self.transformer.config, self.vae.config, self.text_encoder
+        fits = {
+            "the transformer's in_channels": (flux.in_channels, 4 * sampling.LATENT_CHANNELS),
+            "the transformer's out_channels": (flux.out_channels, flux.in_channels),
+            "the vae's z_channels": (vae.z_channels, sampling.LATENT_CHANNELS),
+            "the vae's downscale": (vae.downscale, sampling.PATCH // 2),
+            "CLIP's width": (text.clip.config.hidden_size, flux.vec_in_dim),
+            "T5's width": (text.t5.config.d_model, flux.context_in_dim),
+        }
+        for name, (found, wanted) in fits.items():
+            if found != wanted:
+                raise ValueError(f"{name} must be {wanted}, got {found}")
+        _check_size("default_size", self.default_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> FluxPipeline:
+        """Load a diffusers folder of a FLUX.1 text-to-image model.
+
+        Args:
+            path_or_id: a folder, "org/name" on the Hugging Face hub, or "compact" for the small
+                model that comes with fluxkern.
+            revision: branch, tag or commit on the hub.
+            dtype: floating dtype of all weights; None is float32.
+            device: where all parts go; None is the CPU.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            ValueError: not a FLUX.1 text-to-image checkpoint, or one that breaks a rule of loading.
+        """
+        dtype, device = dtype or torch.float32, device or "cpu"
+        if path_or_id == "compact" and not Path("compact").exists():
+            path_or_id = COMPACT_WEIGHTS
+        folder = Path(checkpoint.resolve(path_or_id, revision=revision))
+        checkpoint.check_pipeline(folder)
+        return cls(
+            checkpoint.load_flux(folder / "transformer", dtype=dtype, device=device),
+            checkpoint.load_autoencoder(folder / "vae", dtype=dtype, device=device),
+            TextEncoder.from_folder(folder, dtype=dtype, device=device),
+            ScheduleConfig.from_diffusers(
+                checkpoint.read_json(folder / "scheduler" / "scheduler_config.json")
+            ),
+            _default_size(checkpoint.read_json(folder / "vae" / "config.json")),
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a diffusers folder that diffusers and fluxkern load; whole or not at all.
+
+        Args:
+            folder: a new or empty folder.
+
+        Raises:
+            ValueError: `folder` exists and is not an empty folder.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ValueError(f"folder must be new or empty, got {folder}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            self._write(unfinished)
+            unfinished.chmod(0o755)
+            os.replace(unfinished, folder)
+        except BaseException:
+            shutil.rmtree(unfinished)
+            raise
+
+    def _write(self, folder: Path) -> None:
+        checkpoint.save_flux(self.transformer, folder / "transformer")
+        checkpoint.save_autoencoder(self.vae, folder / "vae")
+        self.text_encoder.save(folder)
+        vae_config = checkpoint.read_json(folder / "vae" / "config.json")
+        _write_json(folder / "vae" / "config.json", vae_config | {"sample_size": self.default_size})
+        (folder / "scheduler").mkdir()
+        _write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.to_diffusers())
+        _write_json(folder / "model_index.json", MODEL_INDEX)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.transformer.parameters()).dtype
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> FluxPipeline:
+        """Move all parts.
+
+        Args:
+            device: where to; None leaves them.
+            dtype: floating dtype to cast to; None leaves it.
+
+        Returns:
+            This pipeline.
+        """
+        self.transformer.to(device=device, dtype=dtype)
+        self.vae.to(device=device, dtype=dtype)
+        self.text_encoder.to(device=device, dtype=dtype)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Texts = None,
+        prompt_2: Texts = None,
+        *,
+        negative_prompt: Texts = None,
+        negative_prompt_2: Texts = None,
+        true_cfg_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 3.5,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        progress: bool = True,
+    ) -> FluxPipelineOutput:
+        """Make pictures from prompts; the arguments mean what they mean in diffusers.
+
+        Two-pass guidance is on where `true_cfg_scale` is above 1. Unlike in diffusers it then needs
+        no negative prompt: the empty one is taken.
+
+        Args:
+            prompt: one prompt or B of them; not together with `prompt_embeds`.
+            prompt_2: what T5 reads in place of `prompt`.
+            negative_prompt: what to lead away from, one for all or one for each prompt.
+            negative_prompt_2: what T5 reads in place of `negative_prompt`.
+            true_cfg_scale: scale of two-pass guidance; up to 1 there is one pass.
+            height: pixels, a multiple of 16 up to 8192; None is the checkpoint's own.
+            width: the same.
+            num_inference_steps: Euler steps, 1 to 1000.
+            guidance_scale: guidance given to a guidance-distilled model; others ignore it.
+            num_images_per_prompt: pictures for each prompt.
+            generator: one for the call, or a list with one for each picture.
+            latents: [N, height/16 * width/16, 64] packed noise in place of drawn noise.
+            prompt_embeds: [B, Lt, context] in place of `prompt`, with `pooled_prompt_embeds`.
+            pooled_prompt_embeds: [B, vec].
+            negative_prompt_embeds: [B, Lt, context] in place of `negative_prompt`.
+            negative_pooled_prompt_embeds: [B, vec].
+            output_type: "pil"; "np", fp32 [N, H, W, 3] in 0..1; "pt", [N, 3, H, W] in 0..1; or
+                "latent", packed as `latents`.
+            callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step; the
+                tensors it returns by name replace those of the loop.
+            callback_on_step_end_tensor_inputs: the names it is given, of `latents` and
+                `prompt_embeds`.
+            max_sequence_length: tokens T5 pads or cuts to, up to 512; None is the checkpoint's own.
+            progress: show a progress bar.
+
+        Returns:
+            N = B * num_images_per_prompt pictures, those of one prompt together.
+
+        Raises:
+            ValueError: an argument out of bounds or two that do not fit together.
+
+        Source: diffusers `FluxPipeline.__call__`.
+        """
+        # 1. Check the arguments
+        height = self.default_size if height is None else height
+        width = self.default_size if width is None else width
+        _check_size("height", height)
+        _check_size("width", width)
+        _check_count("num_inference_steps", num_inference_steps, MAX_STEPS)
+        _check_count("num_images_per_prompt", num_images_per_prompt, None)
+        if max_sequence_length is not None:
+            _check_count("max_sequence_length", max_sequence_length, T5_LIMIT)
+        _check_choice("output_type", output_type, OUTPUT_TYPES)
+        for name in callback_on_step_end_tensor_inputs:
+            _check_choice("callback_on_step_end_tensor_inputs", name, CALLBACK_TENSORS)
+        _check_finite("guidance_scale", guidance_scale)
+        _check_finite("true_cfg_scale", true_cfg_scale)
+
+        # 2. Encode the prompts
+        positive = _Prompt("", prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
+        negative = _Prompt(
+            "negative_",
+            negative_prompt,
+            negative_prompt_2,
+            negative_prompt_embeds,
+            negative_pooled_prompt_embeds,
+        )
+        if prompt is None and prompt_embeds is None:
+            raise ValueError("prompt must be given where prompt_embeds is not, got neither")
+        cond = self._encode(positive, None, num_images_per_prompt, max_sequence_length)
+        uncond = None
+        if true_cfg_scale > 1:
+            prompts = cond.txt.shape[0] // num_images_per_prompt
+            uncond = self._encode(negative, prompts, num_images_per_prompt, max_sequence_length)
+        elif negative.given:
+            warnings.warn(
+                f"negative_prompt has no effect without true_cfg_scale above 1, got {true_cfg_scale}",
+                stacklevel=3,
+            )
+
+        # 3. Draw the noise
+        pictures = cond.txt.shape[0]
+        img_ids = sampling.get_img_ids(height, width, self.device)
+        if latents is None:
+            noise = sampling.get_noise(pictures, height, width, self.dtype, generator, self.device)
+            latents = sampling.pack(noise)
+        _check_shape(
+            "latents", latents, (pictures, len(img_ids), self.transformer.config.in_channels)
+        )
+        latents = latents.to(self.device, self.dtype)
+
+        # 4. Space the noise levels
+        sigmas = sampling.get_schedule(num_inference_steps, len(img_ids), self.schedule)
+
+        # 5. Denoise
+        self.interrupt = False
+        with _progress_bar(num_inference_steps, progress) as bar:
+
+            def on_step(step: Step) -> None:
+                if callback_on_step_end is not None:
+                    self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step)
+                step.stop = self.interrupt
+                bar.update()
+
+            latents = sampling.denoise(
+                self.transformer,
+                latents,
+                img_ids,
+                cond,
+                sigmas,
+                guidance_scale=guidance_scale if self.transformer.config.guidance_embed else None,
+                uncond=uncond,
+                true_cfg_scale=true_cfg_scale,
+                on_step=on_step,
+            )
+
+        # 6. Decode
+        if output_type == "latent":
+            return FluxPipelineOutput(latents)
+        vae_dtype = next(self.vae.parameters()).dtype
+        z = sampling.unpack(latents, height, width).to(vae_dtype)
+        return FluxPipelineOutput(_to_output(self.vae.decode(z), output_type))
+
+    def _encode(
+        self, prompt: _Prompt, batch: int | None, images: int, length: int | None
+    ) -> Conditioning:
+        """Encode B prompts, or take their embeddings, and repeat each for its pictures."""
+        prompt.check()
+        if prompt.embeds is not None:
+            txt, vec = prompt.embeds, prompt.pooled
+        else:
+            texts, texts_2 = prompt.texts(batch)
+            txt, vec = self.text_encoder.encode(texts, texts_2, length)
+        config = self.transformer.config
+        batch = txt.shape[0] if batch is None else batch
+        tokens = txt.shape[1] if txt.ndim > 1 else None
+        _check_shape(f"{prompt.prefix}prompt_embeds", txt, (batch, tokens, config.context_in_dim))
+        _check_shape(f"{prompt.prefix}pooled_prompt_embeds", vec, (batch, config.vec_in_dim))
+        txt, vec = (x.to(self.device, self.dtype).repeat_interleave(images, 0) for x in (txt, vec))
+        return Conditioning(txt, vec)
+
+    def _call_back(self, callback: Callable[..., Any], names: Any, step: Step) -> None:
+        tensors = {"latents": step.img, "prompt_embeds": step.cond.txt}
+        changed = callback(self, step.index, step.timestep, {name: tensors[name] for name in names})
+        tensors |= changed or {}
+        step.img = tensors["latents"]
+        step.cond = Conditioning(tensors["prompt_embeds"], step.cond.vec)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """The four ways to say a prompt; `prefix` is "" or "negative_"."""
+
+    prefix: str
+    prompt: Texts
+    prompt_2: Texts
+    embeds: Tensor | None
+    pooled: Tensor | None
+
+    @property
+    def given(self) -> bool:
+        return any(x is not None for x in (self.prompt, self.prompt_2, self.embeds, self.pooled))
+
+    def check(self) -> None:
+        text, embeds = f"{self.prefix}prompt", f"{self.prefix}prompt_embeds"
+        pooled = f"{self.prefix}pooled_prompt_embeds"
+        if (self.embeds is None) != (self.pooled is None):
+            raise ValueError(f"{embeds} and {pooled} must be given together, got one")
+        if self.embeds is not None:
+            for name, value in ((text, self.prompt), (f"{text}_2", self.prompt_2)):
+                if value is not None:
+                    raise ValueError(f"{name} must not be given with {embeds}, got both")
+
+    def texts(self, batch: int | None) -> tuple[list[str], list[str]]:
+        """The texts for CLIP and for T5, `batch` of each; one text stands for all."""
+        prompt = _as_list(f"{self.prefix}prompt", "" if self.prompt is None else self.prompt)
+        prompt_2 = prompt
+        if self.prompt_2 is not None:
+            prompt_2 = _as_list(f"{self.prefix}prompt_2", self.prompt_2)
+        batch = len(prompt) if batch is None else batch
+        for name, texts in ((f"{self.prefix}prompt", prompt), (f"{self.prefix}prompt_2", prompt_2)):
+            if len(texts) not in (1, batch):
+                raise ValueError(f"{name} must be 1 or {batch} texts, got {len(texts)}")
+        return prompt * (batch // len(prompt)), prompt_2 * (batch // len(prompt_2))
+
+
+def _as_list(name: str, texts: str | list[str]) -> list[str]:
+    texts = [texts] if isinstance(texts, str) else texts
+    check_texts(name, texts)
+    return texts
+
+
+def _check_size(name: str, pixels: int) -> None:
+    if type(pixels) is not int or not 0 < pixels <= MAX_SIZE or pixels % sampling.PATCH:
+        raise ValueError(
+            f"{name} must be a multiple of {sampling.PATCH} from {sampling.PATCH} to {MAX_SIZE}, "
+            f"got {pixels!r:.80}"
+        )
+
+
+def _check_count(name: str, count: int, most: int | None) -> None:
+    if type(count) is not int or count < 1 or (most is not None and count > most):
+        bounds = "at least 1" if most is None else f"from 1 to {most}"
+        raise ValueError(f"{name} must be a whole number {bounds}, got {count!r:.80}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be of {', '.join(choices)}, got {value!r:.80}")
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or not np.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r:.80}")
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
+
+
+def _default_size(vae_config: dict[str, Any]) -> int:
+    """FLUX.1 folders keep the size a checkpoint was made for in the autoencoder's config."""
+    size = vae_config.get("sample_size", DEFAULT_SIZE)
+    _check_size("vae/config.json: sample_size", size)
+    return size
+
+
+def _progress_bar(total: int, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, disable=not shown, unit="step")
+
+
+def _to_output(x: Tensor, output_type: str) -> list[Image] | np.ndarray | Tensor:
+    """Turn decoded pictures, [N, 3, H, W] in -1..1, into what was asked for."""
+    from PIL import Image
+
+    if not x.isfinite().all():
+        warnings.warn("the picture has values that are not finite: shown black", stacklevel=4)
+        x = x.nan_to_num(nan=-1.0)
+    x = (x * 0.5 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return x
+    array = x.permute(0, 2, 3, 1).float().cpu().numpy()
+    if output_type == "np":
+        return array
+    return [Image.fromarray(picture) for picture in (array * 255).round().astype(np.uint8)]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+MODEL_INDEX = {
+    "_class_name": "FluxPipeline",
+    "_diffusers_version": "0.30.0",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}

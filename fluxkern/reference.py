@@ -1,0 +1,193 @@
+"""What every op means, in plain PyTorch.
+
+Sizes: B batch, L tokens, C hidden, H heads, D head dim. A fused op is literally the composition of
+smaller ones. Low-precision inputs round after every step here, as eager PyTorch does; run in fp64,
+these functions are the truth that every backend is measured against.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _rows(vec: Tensor) -> Tensor:
+    return vec if vec.ndim == 3 else vec.unsqueeze(1)  # [B, C] or [B, 1, C] -> [B, 1, C]
+
+
+def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + _rows(scale)) + _rows(shift)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x + _rows(gate) * y
+
+
+def gated_residual_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    x_new = gated_residual(x, y, gate)
+    return x_new, norm_modulate(x_new, scale, shift, eps)
+
+
+def joint_norm_modulate(
+    x: Tensor,
+    txt_scale: Tensor,
+    txt_shift: Tensor,
+    img_scale: Tensor,
+    img_shift: Tensor,
+    txt_len: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    txt = norm_modulate(x[:, :txt_len], txt_scale, txt_shift, eps)
+    img = norm_modulate(x[:, txt_len:], img_scale, img_shift, eps)
+    return torch.cat((txt, img), 1)
+
+
+def joint_gated_residual(
+    x: Tensor, y: Tensor, txt_gate: Tensor, img_gate: Tensor, txt_len: int
+) -> Tensor:
+    txt = gated_residual(x[:, :txt_len], y[:, :txt_len], txt_gate)
+    img = gated_residual(x[:, txt_len:], y[:, txt_len:], img_gate)
+    return torch.cat((txt, img), 1)
+
+
+def joint_gated_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    txt_gate: Tensor,
+    txt_scale: Tensor,
+    txt_shift: Tensor,
+    img_gate: Tensor,
+    img_scale: Tensor,
+    img_shift: Tensor,
+    txt_len: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    x_new = joint_gated_residual(x, y, txt_gate, img_gate, txt_len)
+    h = joint_norm_modulate(x_new, txt_scale, txt_shift, img_scale, img_shift, txt_len, eps)
+    return x_new, h
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B, L, H, D/2]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [L, 1, D/2], fp32: the product is at least fp32
+    return torch.stack((cos * x0 - sin * x1, sin * x0 + cos * x1), -1).flatten(-2).to(x.dtype)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    q = F.rms_norm(q, q.shape[-1:], q_weight, eps)
+    k = F.rms_norm(k, k.shape[-1:], k_weight, eps)
+    return rope(q, cos, sin), rope(k, cos, sin)
+
+
+def joint_qk_norm_rope(
+    txt_q: Tensor,
+    txt_k: Tensor,
+    txt_v: Tensor,
+    img_q: Tensor,
+    img_k: Tensor,
+    img_v: Tensor,
+    txt_q_weight: Tensor,
+    txt_k_weight: Tensor,
+    img_q_weight: Tensor,
+    img_k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = txt_q.shape[1]
+    txt = qk_norm_rope(txt_q, txt_k, txt_q_weight, txt_k_weight, cos[:n], sin[:n], eps)
+    img = qk_norm_rope(img_q, img_k, img_q_weight, img_k_weight, cos[n:], sin[n:], eps)
+    return (
+        torch.cat((txt[0], img[0]), 1),
+        torch.cat((txt[1], img[1]), 1),
+        torch.cat((txt_v, img_v), 1),
+    )
+
+
+def qk_norm_rope_(
+    q: Tensor,
+    k: Tensor,
+    txt_q_weight: Tensor,
+    txt_k_weight: Tensor,
+    img_q_weight: Tensor,
+    img_k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    txt_len: int,
+    eps: float = 1e-6,
+) -> None:
+    for rows, q_weight, k_weight in (
+        (slice(None, txt_len), txt_q_weight, txt_k_weight),
+        (slice(txt_len, None), img_q_weight, img_k_weight),
+    ):
+        new_q, new_k = qk_norm_rope(
+            q[:, rows], k[:, rows], q_weight, k_weight, cos[rows], sin[rows], eps
+        )
+        q[:, rows] = new_q
+        k[:, rows] = new_k
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, L, D]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def attention_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("blhd,bmhd->bhlm", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
+    lse = scores.logsumexp(-1)  # [B, H, L], natural log
+    out = torch.einsum("bhlm,bmhd->blhd", torch.exp(scores - lse[..., None]), v.to(wide))
+    return out.to(q.dtype), lse.transpose(1, 2)
+
+
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> Tensor:
+    q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
+    return attention(q, k, v)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    out = F.linear(x, weight, bias)
+    return gelu_tanh(out) if activation == "gelu_tanh" else out
+
+
+def modulation(vec: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(F.silu(vec), weight, bias).unsqueeze(-2)  # [..., B, 1, chunks * C]
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6
+) -> Tensor:
+    return F.silu(F.group_norm(x, num_groups, weight, bias, eps))
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    half = dim // 2
+    omega = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(max_period) / half)
+    )
+    angle = (1000.0 * t).float()[:, None] * omega  # the product with 1000 rounds in the dtype of t
+    return torch.cat((angle.cos(), angle.sin()), -1).to(t.dtype)
