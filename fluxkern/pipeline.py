@@ -103,7 +103,7 @@ class FluxPipeline:
 
         Args:
             path_or_id: a folder, "org/name" on the Hugging Face hub, or "compact" for the small
-                model that comes with fluxkern.
+                model that comes with fluxkern (a folder of that name is "./compact").
             revision: branch, tag or commit on the hub.
             dtype: floating dtype of all weights; None is float32.
             device: where all parts go; None is the CPU.
@@ -115,10 +115,9 @@ class FluxPipeline:
             ValueError: not a FLUX.1 text-to-image checkpoint, or one that breaks a rule of loading.
         """
         dtype, device = dtype or torch.float32, device or "cpu"
-        if path_or_id == "compact" and not Path("compact").exists():
-            path_or_id = COMPACT_WEIGHTS
-        folder = Path(checkpoint.resolve(path_or_id, revision=revision))
-        checkpoint.check_pipeline(folder)
+        name = COMPACT_WEIGHTS if path_or_id == "compact" else path_or_id
+        folder = checkpoint.resolve(name, revision=revision)
+        _check_text_to_image(folder)
         return cls(
             checkpoint.load_flux(folder / "transformer", dtype=dtype, device=device),
             checkpoint.load_autoencoder(folder / "vae", dtype=dtype, device=device),
@@ -427,6 +426,13 @@ def _check_finite(name: str, value: float) -> None:
 def _check_shape(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
+
+
+def _check_text_to_image(folder: Path) -> None:
+    """Refuse other FLUX.1 variants by name, before any weight is read."""
+    checkpoint.check_model_index(folder)
+    config = checkpoint.read_json(folder / "transformer" / "config.json")
+    checkpoint.require_text_to_image(checkpoint.flux_config_from_diffusers(config))
 
 
 def _default_size(vae_config: dict[str, Any]) -> int:

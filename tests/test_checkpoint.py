@@ -866,7 +866,8 @@ def large(tmp_path_factory):
     model = Flux(FluxConfig(**{**vars(TINY_FLUX), **sizes}))
     save_flux(model, path / "flux")
     save_flux(model, path / "flux.safetensors", format="bfl")
-    return path
+    yield path
+    shutil.rmtree(path)  # 400 MB
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -198,15 +198,17 @@ def test_pretraining_lowers_the_loss_and_moves_every_parameter(tokenizers, seed)
     metrics = text.pretrain_encoders(
         *encoders,
         tokenizers,
-        steps=20,
+        steps=60,
         batch_size=32,
         seed=seed,
         progress=lambda step, loss: losses.append((step, loss)),
     )
-    assert [step for step, _ in losses] == list(range(1, 21))
-    assert losses[-1][1] < 0.8 * losses[0][1]
+    assert [step for step, _ in losses] == list(range(1, 61))
+    assert losses[-1][1] < 0.5 * losses[0][1]
     assert metrics["loss"] == losses[-1][1]
-    assert metrics["clip_shape"] > 0.3 and metrics["t5_shape"] > 0.3  # chance is 1/6
+    assert metrics["clip_shape"] > 0.5 and metrics["t5_shape"] > 0.5  # chance is 1/6
+    for name in ("colour", "background"):  # words without their places get at most 1/2
+        assert metrics[f"t5_{name}"] > 0.75 and metrics[f"t5_held_out_{name}"] > 0.75, metrics
     assert 0.5 < metrics["t5_std"] < 2 and 0.5 < metrics["clip_std"] < 2
     for encoder, old in zip(encoders, before, strict=True):
         for name, parameter in encoder.named_parameters():

@@ -228,7 +228,27 @@ def build_encoders(tokenizers: Tokenizers, seed: int = 0) -> tuple[CLIPTextModel
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CLIPTextModel(clip_config).eval(), T5EncoderModel(t5_config).eval()
+        clip, t5 = CLIPTextModel(clip_config), T5EncoderModel(t5_config)
+    _look_nearby(t5)
+    return clip.eval(), t5.eval()
+
+
+@torch.no_grad()
+def _look_nearby(t5: T5EncoderModel) -> None:
+    """Start three of T5's four heads on the tokens before, after and around each token.
+
+    From a random start, 64 tokens that are mostly padding drown the neighbours, and which colour
+    belongs to what is still a coin's toss after 19 000 captions.
+    """
+    buckets = torch.arange(16)  # 0-7 are exact distances, 8-15 grow up to 128
+    distance = torch.where(buckets < 8, buckets, 8 * 16 ** ((buckets - 8) / 8))
+    near, off = -distance, torch.full((16,), -8.0)
+    zero = torch.zeros(16)
+    before = torch.stack([zero, near, off, near / 2], dim=1)  # [16 buckets, 4 heads]
+    after = torch.stack([zero, off, near, near / 2], dim=1)
+    before[0, 1:3] = -2.0  # the token itself
+    bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    bias.copy_(torch.cat([before, after]))
 
 
 def save_text(folder: str | Path, clip: CLIPTextModel, t5: T5EncoderModel) -> None:
@@ -299,7 +319,7 @@ def pretrain_encoders(
     t5: T5EncoderModel,
     tokenizers: Tokenizers,
     *,
-    steps: int = 400,
+    steps: int = 300,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     seed: int = 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 T5_LIMIT = 512
-_MAX_CONFIG_BYTES = 1 << 20
+_MAX_JSON_BYTES = 1 << 20
 _CODE_CHOOSING_KEYS = (
     "auto_map",
     "trust_remote_code",
@@ -26,7 +27,13 @@ _CODE_CHOOSING_KEYS = (
     "kernel_config",
     "use_kernels",
 )
-_FILE_CHOOSING_KEYS = ("vocab_file", "merges_file", "tokenizer_file", "fast_tokenizer_files")
+_FILE_CHOOSING_KEYS = (
+    "vocab_file",
+    "merges_file",
+    "tokenizer_file",
+    "fast_tokenizer_files",
+    "transformers_weights",
+)
 
 
 class TextEncoder:
@@ -196,16 +203,11 @@ def _tokenize(tokenizer: Any, texts: list[str], limit: int, name: str) -> Tensor
 
 
 def _load_tokenizer(kind: type, folder: Path) -> Any:
-    config = _read_config(folder, "tokenizer_config.json")
-    for key in _FILE_CHOOSING_KEYS:
-        if config.get(key) is not None:
-            raise ValueError(f"{folder}: tokenizer_config.json may not choose a file ({key})")
+    _read_config(folder, "tokenizer_config.json")
     return _with_short_errors(folder, kind.from_pretrained, folder, local_files_only=True)
 
 
 def _load_model(kind: type, model_types: tuple[str, ...], folder: Path, dtype: torch.dtype) -> Any:
-    from fluxkern import checkpoint
-
     config = _read_config(folder, "config.json")
     if config.get("model_type") not in model_types:
         raise ValueError(
@@ -214,7 +216,7 @@ def _load_model(kind: type, model_types: tuple[str, ...], folder: Path, dtype: t
         )
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder}: holds an adapter, which fluxkern does not load")
-    checkpoint.check_index(folder)
+    _check_index(folder)
     model, report = _with_short_errors(
         folder,
         kind.from_pretrained,
@@ -223,6 +225,7 @@ def _load_model(kind: type, model_types: tuple[str, ...], folder: Path, dtype: t
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # the report below names them
     )
     for fault in ("missing", "unexpected", "mismatched"):
         names = sorted(map(str, report[f"{fault}_keys"]))
@@ -242,26 +245,47 @@ def _with_short_errors(folder: Path, load: Any, *args: Any, **options: Any) -> A
         ) from error
 
 
+def _check_index(folder: Path) -> None:
+    """Refuse shards that are not files of this folder: transformers follows any path."""
+    for path in sorted(folder.glob("*.index.json")):
+        shards = _read_json(path).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{path}: has no weight_map")
+        for shard in shards.values():
+            if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+                raise ValueError(
+                    f"{path}: a shard must be a .safetensors file beside it, got {shard!r:.80}"
+                )
+
+
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
+    config = _read_json(path)
+    _refuse_code(path, config)
+    for key in _FILE_CHOOSING_KEYS:
+        if config.get(key) is not None:
+            raise ValueError(f"{path}: may not choose a file ({key})")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{folder}: has no {name}")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{path}: larger than {_MAX_CONFIG_BYTES} bytes")
+        raise ValueError(f"{path.parent}: has no {path.name}")
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path}: larger than {_MAX_JSON_BYTES} bytes")
     try:
-        config = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise ValueError(f"{path}: not JSON") from None
-    if not isinstance(config, dict):
+    if type(content) is not dict:
         raise ValueError(f"{path}: not a JSON object")
-    _refuse_code(path, config)
-    return config
+    return content
 
 
 def _refuse_code(path: Path, value: object) -> None:
     if isinstance(value, dict):
         for key, inner in value.items():
-            bare = key.lstrip("_").removesuffix("_internal").removesuffix("_autoset")
+            bare = key.lstrip("_").removesuffix("_internal")
             if bare in _CODE_CHOOSING_KEYS and inner:
                 raise ValueError(f"{path}: {key} chooses code, which fluxkern does not allow")
             _refuse_code(path, inner)
