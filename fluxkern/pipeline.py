@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fluxkern import checkpoint
+from fluxkern._files import read_json, write_json
 from fluxkern.model import sampling
 from fluxkern.model.autoencoder import AutoEncoder
 from fluxkern.model.sampling import Conditioning, Generators, ScheduleConfig, Step
@@ -123,9 +123,9 @@ class FluxPipeline:
             checkpoint.load_autoencoder(folder / "vae", dtype=dtype, device=device),
             TextEncoder.from_folder(folder, dtype=dtype, device=device),
             ScheduleConfig.from_diffusers(
-                checkpoint.read_json(folder / "scheduler" / "scheduler_config.json")
+                read_json(folder / "scheduler" / "scheduler_config.json")
             ),
-            _default_size(checkpoint.read_json(folder / "vae" / "config.json")),
+            _default_size(read_json(folder / "vae" / "config.json")),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -154,11 +154,11 @@ class FluxPipeline:
         checkpoint.save_flux(self.transformer, folder / "transformer")
         checkpoint.save_autoencoder(self.vae, folder / "vae")
         self.text_encoder.save(folder)
-        vae_config = checkpoint.read_json(folder / "vae" / "config.json")
-        _write_json(folder / "vae" / "config.json", vae_config | {"sample_size": self.default_size})
+        vae_config = read_json(folder / "vae" / "config.json")
+        write_json(folder / "vae" / "config.json", vae_config | {"sample_size": self.default_size})
         (folder / "scheduler").mkdir()
-        _write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.to_diffusers())
-        _write_json(folder / "model_index.json", MODEL_INDEX)
+        write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.to_diffusers())
+        write_json(folder / "model_index.json", MODEL_INDEX)
 
     @property
     def device(self) -> torch.device:
@@ -283,7 +283,8 @@ class FluxPipeline:
             uncond = self._encode(negative, prompts, num_images_per_prompt, max_sequence_length)
         elif negative.given:
             warnings.warn(
-                f"negative_prompt has no effect without true_cfg_scale above 1, got {true_cfg_scale}",
+                "negative_prompt has no effect without true_cfg_scale above 1, "
+                f"got {true_cfg_scale}",
                 stacklevel=3,
             )
 
@@ -431,7 +432,7 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
 def _check_text_to_image(folder: Path) -> None:
     """Refuse other FLUX.1 variants by name, before any weight is read."""
     checkpoint.check_model_index(folder)
-    config = checkpoint.read_json(folder / "transformer" / "config.json")
+    config = read_json(folder / "transformer" / "config.json")
     checkpoint.require_text_to_image(checkpoint.flux_config_from_diffusers(config))
 
 
@@ -462,10 +463,6 @@ def _to_output(x: Tensor, output_type: str) -> list[Image] | np.ndarray | Tensor
     if output_type == "np":
         return array
     return [Image.fromarray(picture) for picture in (array * 255).round().astype(np.uint8)]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 MODEL_INDEX = {

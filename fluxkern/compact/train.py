@@ -1,8 +1,8 @@
 """Training of the compact FLUX, from nothing to a folder that `FluxPipeline` loads.
 
-Stages: vae, text, flow, decoder. Each writes its state to the run's folder as it goes; started again
-in the same folder, training goes on where it stopped. All chance is drawn from (seed, stage, step),
-so a run that was stopped and resumed is the run that was not.
+Stages: vae, text, flow, decoder. Each writes its state to the run's folder as it goes; started
+again in the same folder, training goes on where it stopped. All chance is drawn from (seed, stage,
+step), so a run that was stopped and resumed is the run that was not.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import os
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..model.autoencoder import AutoEncoder, AutoEncoderConfig
@@ -45,6 +48,7 @@ RECIPE = Path(__file__).parent / "recipe.toml"
 CROP = 64  # px
 SAVE_EVERY = 120.0  # seconds between saved states
 SAMPLES = 64  # pictures of a sample sheet
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # parameters are fp32 in both
 VAE_SIZES = {"ch": 16, "ch_mult": (1, 1, 2, 4), "num_res_blocks": 1, "norm_num_groups": 2}
 
 
@@ -74,6 +78,7 @@ class FlowRecipe:
     decay: float
     dropped_captions: float
     evaluate_every: int
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,11 @@ def _check_names(where: object, data: object, names: set[str]) -> None:
         raise ValueError(f"{where} must hold {sorted(names)}, got {found}")
 
 
-def _value(where: object, name: str, value: object, kind: type) -> int | float:
+def _value(where: object, name: str, value: object, kind: type) -> int | float | str:
+    if kind is str:
+        if value not in DTYPES:
+            raise ValueError(f"{where}: {name} must be one of {sorted(DTYPES)}, got {value!r}")
+        return value
     good = isinstance(value, int | float) if kind is float else isinstance(value, int)
     if not good or isinstance(value, bool) or value < 0:
         raise ValueError(f"{where}: {name} must be {kind.__name__} >= 0, got {value!r}")
@@ -133,11 +142,15 @@ def _value(where: object, name: str, value: object, kind: type) -> int | float:
 def _stage(path: object, stage: str, data: dict, kind: type) -> object:
     where = f"{path}, [{stage}]"
     _check_names(where, data, {field.name for field in fields(kind)})
-    types = {"int": int, "float": float}
-    return kind(**{f.name: _value(where, f.name, data[f.name], types[f.type]) for f in fields(kind)})
+    types = {"int": int, "float": float, "str": str}
+    return kind(
+        **{f.name: _value(where, f.name, data[f.name], types[f.type]) for f in fields(kind)}
+    )
 
 
-STAGES = {name: number for number, name in enumerate(("pictures", "vae", "text", "flow", "decoder"))}
+STAGES = {
+    name: number for number, name in enumerate(("pictures", "vae", "text", "flow", "decoder"))
+}
 
 
 def _chance(recipe: Recipe, stage: str, step: int) -> np.random.Generator:
@@ -167,21 +180,19 @@ class Optimised:
         if self.path.exists():
             self._load()
 
-    def update(self, loss: Tensor) -> float:
-        """One step down the gradient of `loss`; returns the gradient's norm before clipping."""
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+    def update(self) -> None:
+        """One step down the parameters' gradients, which are then cleared."""
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self._schedule()
         self.optimizer.step()
+        self.optimizer.zero_grad()
         self.step += 1
         keep = min(0.999, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(
                 list(self.mean.values()), [p.detach() for p in self.parameters.values()], 1 - keep
             )
-        return float(norm)
 
     def _schedule(self) -> float:
         left = (self.steps - self.step) / max(self.decay * self.steps, 1)
@@ -237,14 +248,13 @@ class Run:
     Args:
         folder: states, sample sheets, `log.jsonl` and at the end `weights/`.
         recipe: the numbers of the run.
-        dtype: of the arithmetic in the networks; parameters and their updates are fp32.
 
     Raises:
         ValueError: the folder holds a run of another recipe.
     """
 
-    def __init__(self, folder: str | Path, recipe: Recipe, dtype: torch.dtype = torch.float32):
-        self.folder, self.recipe, self.dtype = Path(folder), recipe, dtype
+    def __init__(self, folder: str | Path, recipe: Recipe):
+        self.folder, self.recipe = Path(folder), recipe
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_recipe()
         torch.manual_seed(recipe.seed)
@@ -254,7 +264,7 @@ class Run:
 
     def _check_recipe(self) -> None:
         path = self.folder / "recipe.json"
-        now = asdict(self.recipe) | {"dtype": str(self.dtype).removeprefix("torch.")}
+        now = asdict(self.recipe)
         if path.exists() and (before := json.loads(path.read_text())) != now:
             different = [name for name in now if before.get(name) != now[name]]
             raise ValueError(
@@ -279,17 +289,19 @@ class Run:
         self,
         stage: str,
         optimised: Optimised,
-        loss: Callable[[int], Tensor],
+        backward: Callable[[int], float],
         evaluate: Callable[[], dict[str, float]],
         evaluate_every: int,
     ) -> None:
-        """The loop of every stage: saves the state now and then, logs, draws a sample sheet."""
+        """The loop of every stage: saves the state now and then, logs, draws a sample sheet.
+
+        `backward(step)` leaves the gradients of that step's loss in the parameters and returns it.
+        """
         bar = tqdm(total=optimised.steps, initial=optimised.step, desc=stage, dynamic_ncols=True)
         saved, recent, figures = time.monotonic(), [], {}
         while optimised.step < optimised.steps:
-            value = loss(optimised.step)
-            optimised.update(value)
-            recent.append(float(value))
+            recent.append(backward(optimised.step))
+            optimised.update()
             bar.update()
             if optimised.step % evaluate_every == 0 or optimised.step == optimised.steps:
                 with optimised.averaged(), torch.no_grad():
@@ -312,9 +324,6 @@ class Run:
             pictures[i] = draw(scenes[-1], rng)
         return scenes, pictures
 
-    def _cast(self, module: nn.Module) -> dict[str, Tensor]:
-        return {name: p.to(self.dtype) for name, p in module.named_parameters()}
-
     # autoencoder
 
     def train_vae(self) -> None:
@@ -329,16 +338,15 @@ class Run:
         if optimised.step < recipe.steps:
             scenes, pictures = self._pictures(recipe.pictures)
 
-        def loss(step: int) -> Tensor:
+        def backward(step: int) -> float:
             rng = _chance(self.recipe, "vae", step)
-            x = _vae_batch(scenes, pictures, rng, step, recipe.batch_size).to(self.dtype)
-            noise = _torch_chance(rng)
-            wrapped = _Reconstruction(self.vae, noise)
-            cast = {f"vae.{name}": p for name, p in self._cast(self.vae).items()}
-            out, kl = torch.func.functional_call(wrapped, cast, (x,))
-            return _difference(out, x) + recipe.kl_weight * kl
+            x = _vae_batch(scenes, pictures, rng, step, recipe.batch_size)
+            out, kl = _reconstruct(self.vae, x, _torch_chance(rng))
+            loss = _difference(out, x) + recipe.kl_weight * kl
+            loss.backward()
+            return loss.item()
 
-        self._fit("vae", optimised, loss, lambda: self._judge_vae("vae"), 500)
+        self._fit("vae", optimised, backward, lambda: self._judge_vae("vae"), 500)
 
     def train_decoder(self) -> None:
         recipe, decoder = self.recipe.decoder, self.vae.decoder
@@ -352,16 +360,17 @@ class Run:
         if optimised.step < recipe.steps:
             scenes, pictures = self._pictures(recipe.pictures)
 
-        def loss(step: int) -> Tensor:
+        def backward(step: int) -> float:
             x = _vae_batch(
                 scenes, pictures, _chance(self.recipe, "decoder", step), step, recipe.batch_size
             )
             with torch.no_grad():
                 z = self.vae.moments(x)[0]
-            out = torch.func.functional_call(decoder, self._cast(decoder), (z.to(self.dtype),))
-            return _difference(out, x)
+            loss = _difference(decoder(z), x)
+            loss.backward()
+            return loss.item()
 
-        self._fit("decoder", optimised, loss, lambda: self._judge_vae("decoder"), 500)
+        self._fit("decoder", optimised, backward, lambda: self._judge_vae("decoder"), 500)
 
     def _judge_vae(self, stage: str, count: int = 200) -> dict[str, float]:
         """Reconstructions of drawings that training never shows: share judged right, and PSNR."""
@@ -444,28 +453,22 @@ class Run:
             recipe.decay,
         )
         scenes, latents = self._latents()
-        img_ids, txt_ids = get_img_ids(BASE, BASE), get_txt_ids(text.T5_LENGTH)
+        encode = partial(text.encode, self.clip, self.t5, self.tokenizers)
+        halves = _Halves(self.flux, DTYPES[recipe.dtype], encode)
         mu = shift_mu(latents.shape[1])
 
-        def loss(step: int) -> Tensor:
+        def backward(step: int) -> float:
             rng = _chance(self.recipe, "flow", step)
             chosen = rng.integers(len(scenes), size=recipe.batch_size)
             captions = [_training_caption(scenes[i], rng, recipe.dropped_captions) for i in chosen]
-            with torch.no_grad():
-                txt, vec = text.encode(self.clip, self.t5, self.tokenizers, captions)
             noise = _torch_chance(rng)
             x0 = latents[torch.from_numpy(chosen)]
             x1 = torch.randn(x0.shape, generator=noise)
             t = time_shift(mu, torch.randn(len(chosen), generator=noise).sigmoid())
             img = torch.lerp(x0, x1, t[:, None, None])
-            inputs = [a.to(self.dtype) for a in (img, txt, t, vec)]
-            img, txt, t_in, vec = inputs
-            velocity = torch.func.functional_call(
-                self.flux, self._cast(self.flux), (img, img_ids, txt, txt_ids, t_in, vec)
-            )
-            return F.mse_loss(velocity.float(), x1 - x0)
+            return halves.backward(captions, img, t, x1 - x0)
 
-        self._fit("flow", optimised, loss, self._judge_flow, recipe.evaluate_every)
+        self._fit("flow", optimised, backward, self._judge_flow, recipe.evaluate_every)
 
     def _judge_flow(self) -> dict[str, float]:
         """Pictures of prompts that were never seen, half of them held-out triples, at CFG 3."""
@@ -486,23 +489,54 @@ class Run:
         return weights
 
 
-class _Reconstruction(nn.Module):
+class _Halves:
+    """Gradients of the flow loss: each half of a batch on its own thread and copy of the model.
+
+    At this size two threads of one core each are faster than two cores on every op.
+    """
+
+    def __init__(self, flux: Flux, dtype: torch.dtype, encode: Callable):
+        self.flux, self.dtype, self.encode = flux, dtype, encode
+        self.copies = [Flux(flux.config).to(dtype) for _ in range(2)]
+        self.threads = ThreadPoolExecutor(len(self.copies))
+        self.ids = get_img_ids(BASE, BASE), get_txt_ids(text.T5_LENGTH)
+
+    def backward(self, captions: list[str], img: Tensor, t: Tensor, target: Tensor) -> float:
+        """Leaves the gradients of the mean loss in the model's parameters; returns the loss."""
+        middle = len(captions) // 2
+        halves = (captions[:middle], captions[middle:])
+        tensors = (tensor.tensor_split([middle]) for tensor in (img, t, target))
+        with sdpa_kernel(SDPBackend.MATH):  # in bf16 at this size 10 times the flash kernel
+            losses = list(self.threads.map(self._half, self.copies, halves, *tensors))
+        share = [len(half) / len(captions) for half in halves]
+        copies = zip(*(copy.parameters() for copy in self.copies), strict=True)
+        for parameter, (first, second) in zip(self.flux.parameters(), copies, strict=True):
+            parameter.grad = share[0] * first.grad.float() + share[1] * second.grad.float()
+        return share[0] * losses[0] + share[1] * losses[1]
+
+    def _half(
+        self, copy: Flux, captions: list[str], img: Tensor, t: Tensor, target: Tensor
+    ) -> float:
+        with torch.no_grad():
+            for ours, theirs in zip(copy.parameters(), self.flux.parameters(), strict=True):
+                ours.copy_(theirs)
+                ours.grad = None
+            txt, vec = self.encode(captions)
+        img, txt, t, vec = (a.to(self.dtype) for a in (img, txt, t, vec))
+        velocity = copy(img, self.ids[0], txt, self.ids[1], t, vec)
+        loss = F.mse_loss(velocity.float(), target)
+        loss.backward()
+        return loss.item()
+
+
+def _reconstruct(vae: AutoEncoder, x: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     """Picture to latent sample and back; the KL term per latent element."""
-
-    def __init__(self, vae: AutoEncoder, noise: torch.Generator):
-        super().__init__()
-        self.vae, self.noise = vae, noise
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = self.vae.moments(x)
-        noise = torch.randn(mean.shape, generator=self.noise).to(mean.dtype)
-        out = self.vae.decoder(mean + torch.exp(0.5 * logvar) * noise)
-        mean, logvar = mean.float(), logvar.float()
-        return out, 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    mean, logvar = vae.moments(x)
+    out = vae.decoder(mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=noise))
+    return out, 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
 def _difference(out: Tensor, x: Tensor) -> Tensor:
-    out, x = out.float(), x.float()
     return F.l1_loss(out, x) + F.mse_loss(out, x)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import textwrap
 import warnings
 from pathlib import Path
@@ -12,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fluxkern._files import read_json, read_weight_map
+
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 T5_LIMIT = 512
-_MAX_JSON_BYTES = 1 << 20
 _CODE_CHOOSING_KEYS = (
     "auto_map",
     "trust_remote_code",
@@ -216,7 +215,8 @@ def _load_model(kind: type, model_types: tuple[str, ...], folder: Path, dtype: t
         )
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder}: holds an adapter, which fluxkern does not load")
-    _check_index(folder)
+    for index in sorted(folder.glob("*.index.json")):
+        read_weight_map(index)  # transformers would follow any path in it
     model, report = _with_short_errors(
         folder,
         kind.from_pretrained,
@@ -245,41 +245,14 @@ def _with_short_errors(folder: Path, load: Any, *args: Any, **options: Any) -> A
         ) from error
 
 
-def _check_index(folder: Path) -> None:
-    """Refuse shards that are not files of this folder: transformers follows any path."""
-    for path in sorted(folder.glob("*.index.json")):
-        shards = _read_json(path).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ValueError(f"{path}: has no weight_map")
-        for shard in shards.values():
-            if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-                raise ValueError(
-                    f"{path}: a shard must be a .safetensors file beside it, got {shard!r:.80}"
-                )
-
-
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
-    config = _read_json(path)
+    config = read_json(path)
     _refuse_code(path, config)
     for key in _FILE_CHOOSING_KEYS:
         if config.get(key) is not None:
             raise ValueError(f"{path}: may not choose a file ({key})")
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path.parent}: has no {path.name}")
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path}: larger than {_MAX_JSON_BYTES} bytes")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not JSON") from None
-    if type(content) is not dict:
-        raise ValueError(f"{path}: not a JSON object")
-    return content
 
 
 def _refuse_code(path: Path, value: object) -> None:

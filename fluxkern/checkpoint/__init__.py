@@ -1,0 +1,57 @@
+"""Checkpoints: names and configurations in BFL's and diffusers' layouts; safetensors files only."""
+
+from fluxkern._files import read_json
+from fluxkern.checkpoint.configs import (
+    autoencoder_config_from_diffusers,
+    autoencoder_config_from_state,
+    autoencoder_config_to_diffusers,
+    check_model_index,
+    flux_config_from_diffusers,
+    flux_config_from_state,
+    flux_config_to_diffusers,
+    require_text_to_image,
+    variant,
+)
+from fluxkern.checkpoint.files import (
+    INDEX,
+    convert,
+    load_autoencoder,
+    load_flux,
+    read_header,
+    resolve,
+    save_autoencoder,
+    save_flux,
+    weights_hash,
+)
+from fluxkern.checkpoint.names import (
+    autoencoder_from_diffusers,
+    autoencoder_to_diffusers,
+    flux_from_diffusers,
+    flux_to_diffusers,
+)
+
+__all__ = [
+    "INDEX",
+    "autoencoder_config_from_diffusers",
+    "autoencoder_config_from_state",
+    "autoencoder_config_to_diffusers",
+    "autoencoder_from_diffusers",
+    "autoencoder_to_diffusers",
+    "check_model_index",
+    "convert",
+    "flux_config_from_diffusers",
+    "flux_config_from_state",
+    "flux_config_to_diffusers",
+    "flux_from_diffusers",
+    "flux_to_diffusers",
+    "load_autoencoder",
+    "load_flux",
+    "read_header",
+    "read_json",
+    "require_text_to_image",
+    "resolve",
+    "save_autoencoder",
+    "save_flux",
+    "variant",
+    "weights_hash",
+]

@@ -1,0 +1,528 @@
+"""Files of weights: loaded and saved as safetensors only, in BFL's layout or diffusers'."""
+
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fluxkern._files import check_link, read_json, read_weight_map, write_files, write_json
+from fluxkern.checkpoint import configs, names
+from fluxkern.checkpoint.names import ALL_ROWS, Piece
+from fluxkern.model.autoencoder import AutoEncoder
+from fluxkern.model.transformer import Flux
+
+WEIGHTS = "diffusion_pytorch_model"
+INDEX = f"{WEIGHTS}.safetensors.index.json"
+OWN_FILE = re.compile(rf"{WEIGHTS}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+PREFIX = "model.diffusion_model."
+PICKLES = {".bin", ".pt", ".ckpt", ".pth", ".pkl", ".pickle"}
+FETCHED = (".json", ".safetensors", ".txt", ".model")
+COMPONENT_FILES = ("model_index.json", *(f"*/*{suffix}" for suffix in FETCHED))
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+LORA = re.compile(r"(^|[._])(lora|lora_[A-Za-z]+|lokr_w\d\w*|hada_w\d\w*|dora_scale)([._]|$)")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What loading and saving need to know of a model."""
+
+    module: Callable[[Any], nn.Module]
+    config_from_diffusers: Callable[[dict[str, Any]], Any]
+    config_to_diffusers: Callable[[Any], dict[str, Any]]
+    config_from_state: Callable[[dict[str, tuple[int, ...]]], Any]
+    to_diffusers: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    pieces: Callable[[nn.Module], list[Piece]]
+
+
+def _flux_pieces(model: Flux) -> list[Piece]:
+    config = model.config
+    return names.flux_pieces(
+        config.depth, config.depth_single_blocks, config.guidance_embed, config.hidden_size
+    )
+
+
+def _autoencoder_pieces(model: AutoEncoder) -> list[Piece]:
+    return names.autoencoder_pieces(model.state_dict(), len(model.config.ch_mult))
+
+
+FLUX = _Kind(
+    Flux,
+    configs.flux_config_from_diffusers,
+    configs.flux_config_to_diffusers,
+    configs.flux_config_from_state,
+    names.flux_to_diffusers,
+    _flux_pieces,
+)
+AUTOENCODER = _Kind(
+    AutoEncoder,
+    configs.autoencoder_config_from_diffusers,
+    configs.autoencoder_config_to_diffusers,
+    configs.autoencoder_config_from_state,
+    names.autoencoder_to_diffusers,
+    _autoencoder_pieces,
+)
+
+
+# what files hold
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file, described by the header alone."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _check_is_safetensors(path: Path) -> None:
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
+        raise ValueError(f"{path} is a pickle, which can run code; only .safetensors is loaded")
+    if suffix != ".safetensors":
+        raise ValueError(f"{path} must be a .safetensors file, got {suffix or 'no suffix'}")
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":  # after the header's length
+        return
+    if head.startswith((b"PK", b"\x80")):
+        raise ValueError(f"{path} is a pickle under another name; only .safetensors is loaded")
+    what = {b"GGUF": "a GGUF file", b"vers": "a git-lfs pointer"}.get(head[:4], "something else")
+    raise ValueError(f"{path} is not a safetensors file but {what} ({len(head)} bytes read)")
+
+
+def read_header(path: str | Path) -> dict[str, Stored]:
+    """Reads which tensors a safetensors file holds, without their values.
+
+    Args:
+        path: the file.
+    Returns:
+        name -> what is known of the tensor.
+    Raises:
+        ValueError: a pickle or another kind of file, damaged, quantised, or a LoRA.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    try:
+        _check_is_safetensors(path)
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            kinds = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short: {error!s:.200}") from None
+    for key, (_, kind) in kinds.items():
+        if LORA.search(key):
+            raise ValueError(f"{path} is a LoRA, not a model: it holds {key!r:.200}")
+        if kind not in DTYPES:
+            raise ValueError(
+                f"{path}: {key:.200} must be one of {list(DTYPES)}, got {kind}; "
+                f"quantised weights are not supported"
+            )
+    return {key: Stored(path, key, shape, DTYPES[kind]) for key, (shape, kind) in kinds.items()}
+
+
+def _stored_in_single(path: Path) -> dict[str, Stored]:
+    stored = read_header(path)
+    out = {name.removeprefix(PREFIX): entry for name, entry in stored.items()}
+    if len(out) != len(stored):
+        raise ValueError(f"{path} holds a tensor both with and without the prefix {PREFIX}")
+    return out
+
+
+def _stored_in_folder(folder: Path) -> dict[str, Stored]:
+    single, index = folder / f"{WEIGHTS}.safetensors", folder / INDEX
+    if single.exists() and index.exists():
+        raise ValueError(f"{folder} holds both {single.name} and {INDEX}; remove one")
+    if index.exists():
+        return _stored_in_shards(index)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES)
+    if not single.exists() and pickles:
+        raise ValueError(f"{folder} holds only the pickle {pickles[0]}; .safetensors is needed")
+    check_link(single)
+    return read_header(single)
+
+
+def _stored_in_shards(index: Path) -> dict[str, Stored]:
+    places = read_weight_map(index)
+    stored: dict[str, Stored] = {}
+    for shard in sorted(set(places.values())):
+        path = index.parent / shard
+        found = read_header(path)
+        expected = {name for name, file in places.items() if file == shard}
+        names.check_names(found, expected, f"{path} against the index")
+        stored |= found
+    return stored
+
+
+# loading
+
+
+def _compare(where: Path, stored: Mapping[str, Stored], shapes: Mapping[str, list[int]]) -> None:
+    missing = [f"{name} {shape}" for name, shape in shapes.items() if name not in stored]
+    unexpected = [f"{n} {list(s.shape)}" for n, s in stored.items() if n not in shapes]
+    shaped = [
+        f"{name} found {list(stored[name].shape)} expected {shape}"
+        for name, shape in shapes.items()
+        if name in stored and list(stored[name].shape) != shape
+    ]
+    problems = names.listed("missing", missing) + names.listed("unexpected", unexpected)
+    problems += names.listed("mis-shaped", shaped)
+    if problems:
+        raise ValueError(f"{where} does not fit the model: {'; '.join(problems)}")
+
+
+def _shapes_in_file(model: nn.Module, pieces: list[Piece], diffusers: bool) -> dict[str, list[int]]:
+    native = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes: dict[str, list[int]] = {}
+    for piece in pieces:
+        rows, *rest = native[piece.native]
+        if diffusers and names.ATTENTION_WEIGHT.search(piece.native):
+            rest = rest[:1]
+        before = shapes.get(piece.name, [0])[0]
+        shapes[piece.name] = [before + len(range(rows)[piece.rows]), *rest]
+    return shapes
+
+
+class _Reader:
+    """Reads stored tensors, with at most the bytes of the largest of them mapped at a time."""
+
+    def __init__(self, stored: Iterable[Stored]) -> None:
+        self.limit = max((entry.nbytes for entry in stored), default=0)
+        self.path: Path | None = None
+        self.mapped = 0
+
+    def read(self, stored: Stored, rows: slice) -> Tensor:
+        # pages once read count as memory until the file is closed
+        self.mapped += stored.nbytes
+        if stored.file != self.path or self.mapped > self.limit:
+            self.file = None
+            self.file = safe_open(stored.file, framework="pt")
+            self.path, self.mapped = stored.file, stored.nbytes
+        if rows == ALL_ROWS:
+            return self.file.get_tensor(stored.key)
+        return self.file.get_slice(stored.key)[rows]
+
+
+def _fill(
+    model: nn.Module,
+    pieces: list[Piece],
+    stored: Mapping[str, Stored],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    parts: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        parts.setdefault(piece.native, []).append(piece)
+    reader, state, spoilt = _Reader(stored.values()), {}, []
+    for name, meta in model.state_dict().items():
+        kinds = (stored[piece.name].dtype for piece in parts[name])
+        kind = dtype or reduce(torch.promote_types, kinds)
+        state[name] = torch.empty(meta.shape, dtype=kind, device=device)
+        for piece in parts[name]:
+            target = state[name][piece.rows]
+            source = reader.read(stored[piece.name], piece.name_rows)
+            target.copy_(source.view(target.shape))
+        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(state[name])):
+            spoilt.append(name)
+    if spoilt:
+        problem = names.listed("tensors with a NaN or an infinity", spoilt)[0]
+        warnings.warn(f"{next(iter(stored.values())).file}: {problem}", stacklevel=4)
+    model.load_state_dict(state, assign=True)
+
+
+def _on_meta(kind: _Kind, path: Path, config_from: Callable[[Any], Any], data: Any) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return kind.module(config_from(data))
+    except ValueError as error:
+        raise ValueError(f"{path} holds no {kind.module.__name__}: {error}") from None
+
+
+def _load(
+    kind: _Kind, path: str | Path, dtype: torch.dtype | None, device: torch.device | str
+) -> nn.Module:
+    path = Path(path)
+    _check_dtype(dtype)
+    if path.is_dir():
+        config = read_json(path / "config.json")
+        model = _on_meta(kind, path, kind.config_from_diffusers, config)
+        stored, pieces = _stored_in_folder(path), kind.pieces(model)
+    else:
+        stored = _stored_in_single(path)
+        shapes = {name: entry.shape for name, entry in stored.items()}
+        model = _on_meta(kind, path, kind.config_from_state, shapes)
+        pieces = [Piece(name, ALL_ROWS, name, ALL_ROWS) for name in model.state_dict()]
+    _compare(path, stored, _shapes_in_file(model, pieces, path.is_dir()))
+    _fill(model, pieces, stored, dtype, device)
+    return model.eval()
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating dtype, got {dtype}")
+
+
+def load_flux(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Flux:
+    """Loads a transformer, tensor by tensor, after all its names and shapes have been compared.
+
+    Memory at its peak: the weights and the largest tensor of the file.
+
+    Args:
+        path: BFL's single .safetensors file, or a diffusers folder with config.json and one or
+            more .safetensors files.
+        dtype: of every parameter; None keeps what each tensor is stored in.
+        device: where the parameters are made.
+    Returns:
+        the transformer, in evaluation mode. A NaN or an infinity in it is warned of by name.
+    Raises:
+        ValueError: a file that is not safetensors, is damaged, quantised or a LoRA; a missing,
+            unexpected or mis-shaped tensor; a config that no FLUX transformer has.
+    """
+    return _load(FLUX, path, dtype, device)
+
+
+def load_autoencoder(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> AutoEncoder:
+    """Loads BFL's ae.safetensors or the folder of a diffusers AutoencoderKL as load_flux does."""
+    return _load(AUTOENCODER, path, dtype, device)
+
+
+# saving
+
+
+def _bytes(size: int | str) -> int:
+    match = re.fullmatch(r"(\d{1,15})(|KB|MB|GB)", str(size))
+    if not match or not int(match[1]):
+        raise ValueError(f'max_shard_size must be bytes or like "10GB", got {size!r:.80}')
+    return int(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, path: Path) -> None:
+    ready = {
+        name: tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
+    try:
+        save_file(ready, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.parent} cannot be written: {error}") from None
+
+
+def _save_folder(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    max_shard_size: int | str,
+    dtype: torch.dtype | None,
+) -> None:
+    limit = _bytes(max_shard_size)
+    sizes = {name: t.numel() * (dtype or t.dtype).itemsize for name, t in tensors.items()}
+    shards: list[dict[str, Tensor]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        if not shards or sizes[name] > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = tensor
+        room -= sizes[name]
+    stems = [WEIGHTS]
+    if len(shards) > 1:
+        stems = [f"{WEIGHTS}-{i + 1:05d}-of-{len(shards):05d}" for i in range(len(shards))]
+    files = {f"{stem}.safetensors": shard for stem, shard in zip(stems, shards, strict=True)}
+    writers: dict[str, Callable[[Path], None]] = {
+        file: partial(_write_tensors, shard, dtype) for file, shard in files.items()
+    }
+    if len(shards) > 1:
+        places = {name: file for file, shard in files.items() for name in shard}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        writers[INDEX] = partial(write_json, data=index)
+    writers["config.json"] = partial(write_json, data=config)
+    write_files(folder, writers)
+    for old in list(folder.iterdir()):  # of an earlier save in other pieces
+        if OWN_FILE.fullmatch(old.name) and old.name not in writers:
+            old.unlink()
+
+
+def _save_single(kind: _Kind, model: nn.Module, path: Path, dtype: torch.dtype | None) -> None:
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors for the format 'bfl', got {path}")
+    # a single file has no config: what cannot be seen in the shapes would be lost
+    state = model.state_dict()
+    seen = vars(kind.config_from_state({name: tuple(t.shape) for name, t in state.items()}))
+    for name, value in vars(model.config).items():
+        if seen[name] != value:
+            raise ValueError(f"{name} in a single BFL file is {seen[name]}, got {value}")
+    write_files(path.parent, {path.name: partial(_write_tensors, state, dtype)})
+
+
+def _save(
+    kind: _Kind,
+    model: nn.Module,
+    path: str | Path,
+    format: str,
+    max_shard_size: int | str = "10GB",
+    dtype: torch.dtype | None = None,
+) -> None:
+    _check_dtype(dtype)
+    if format == "diffusers":
+        config = kind.config_to_diffusers(model.config)
+        tensors = kind.to_diffusers(model.state_dict())
+        _save_folder(Path(path), config, tensors, max_shard_size, dtype)
+    elif format == "bfl":
+        _save_single(kind, model, Path(path), dtype)
+    else:
+        raise ValueError(f"format must be 'diffusers' or 'bfl', got {format!r:.80}")
+
+
+def save_flux(
+    model: Flux,
+    path: str | Path,
+    *,
+    format: str = "diffusers",
+    max_shard_size: int | str = "10GB",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Saves a transformer; the files appear whole or not at all.
+
+    Args:
+        model: the transformer.
+        path: a folder for the format "diffusers", a .safetensors file for "bfl".
+        format: "diffusers" or "bfl".
+        max_shard_size: bytes, or such as "10GB"; only of a folder.
+        dtype: of the tensors in the file; None keeps the model's.
+    Raises:
+        ValueError: an unknown format, or a configuration that the format cannot hold.
+        OSError: the files could not be written; nothing of them is left.
+    """
+    _save(FLUX, model, path, format, max_shard_size, dtype)
+
+
+def save_autoencoder(
+    model: AutoEncoder,
+    path: str | Path,
+    *,
+    format: str = "diffusers",
+    max_shard_size: int | str = "10GB",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Saves an autoencoder; arguments and errors are those of save_flux."""
+    _save(AUTOENCODER, model, path, format, max_shard_size, dtype)
+
+
+def convert(src: str | Path, dst: str | Path, to: str) -> None:
+    """Writes a transformer's or an autoencoder's checkpoint again in the layout `to`.
+
+    Args:
+        src: a single BFL file or a diffusers component folder; which model it is, is read there.
+        dst: a folder for "diffusers", a .safetensors file for "bfl".
+        to: "diffusers" or "bfl".
+    Raises:
+        ValueError, OSError: as load_flux and save_flux.
+    """
+    src = Path(src)
+    if src.is_dir():
+        name = read_json(src / "config.json").get("_class_name")
+        autoencoder = name == configs.AUTOENCODER_CLASS
+    else:
+        autoencoder = "encoder.conv_in.weight" in read_header(src)
+    kind = AUTOENCODER if autoencoder else FLUX
+    _save(kind, _load(kind, src, None, "cpu"), dst, to)
+
+
+# where a checkpoint is
+
+
+def weights_hash(path: str | Path) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a checkpoint's weights.
+
+    Args:
+        path: a .safetensors file, a component's folder, or a pipeline's folder.
+    Returns:
+        the digits; for a folder, over the names and the bytes of its files in order.
+    Raises:
+        ValueError: no .safetensors file there.
+    """
+    path = Path(path)
+    pattern = "*/*.safetensors" if (path / "model_index.json").is_file() else "*.safetensors"
+    files = [path] if path.is_file() else sorted(path.glob(pattern))
+    if not files:
+        raise ValueError(f"{path} holds no .safetensors file")
+    total = hashlib.sha256()
+    for file in files:
+        if path.is_dir():
+            total.update(file.relative_to(path).as_posix().encode())
+        with open(file, "rb") as data:
+            total.update(hashlib.file_digest(data, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def resolve(
+    path_or_id: str | Path,
+    revision: str | None = None,
+    allow_patterns: Sequence[str] = COMPONENT_FILES,
+) -> Path:
+    """The local folder or file that a path or an id on the Hugging Face hub stands for.
+
+    Args:
+        path_or_id: what exists on this machine; else "org/name", or "org/name/file.safetensors".
+        revision: a branch, tag or commit of the hub's repository.
+        allow_patterns: which of its files are fetched; each ends in .json, .safetensors, .txt or
+            .model.
+    Returns:
+        the path given, or that of the copy in the hub's cache. HF_HUB_OFFLINE is obeyed.
+    Raises:
+        ValueError: neither a path nor an id, a pattern for other files, or nothing to be had.
+    """
+    if Path(path_or_id).exists():
+        return Path(path_or_id)
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/([\w./-]+))?", str(path_or_id))
+    if not match or ".." in str(path_or_id):
+        raise ValueError(f"{path_or_id} is neither a file or folder here nor an id like org/name")
+    name, file = match.groups()
+    for pattern in (file,) if file else allow_patterns:
+        if not pattern.endswith(FETCHED):
+            raise ValueError(f"only {', '.join(FETCHED)} files are fetched, got {pattern!r:.200}")
+    from huggingface_hub import errors, hf_hub_download, snapshot_download
+
+    try:
+        if file:
+            return Path(hf_hub_download(name, file, revision=revision))
+        patterns = list(allow_patterns)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError, errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{path_or_id} is not here and the hub does not give it: {reason[0]:.300}"
+        ) from None

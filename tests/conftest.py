@@ -1,0 +1,50 @@
+"""One seed for a whole run, drawn at its start unless `--seed` gives it; one thread by default."""
+
+import logging
+import os
+import secrets
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it; child processes inherit it
+
+import pytest
+import torch
+
+logging.getLogger("torch.__trace").propagate = False  # pytest would format every record: 8x slower
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed", type=int, help="seed of all random test inputs; drawn when not given"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis reads its own option
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = secrets.randbelow(2**32)
+    if getattr(config.option, "hypothesis_seed", "") is None:
+        config.option.hypothesis_seed = str(config.option.seed)
+
+
+def _replay(config: pytest.Config) -> str:
+    return f"seed: {config.option.seed} (again with --seed {config.option.seed})"
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [_replay(config), f"torch {torch.__version__}, threads: {torch.get_num_threads()}"]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    if exitstatus:  # a quiet run has no header
+        terminalreporter.write_line(_replay(config))
+
+
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    return request.config.option.seed
+
+
+@pytest.fixture(autouse=True)
+def _seeded(seed: int) -> None:
+    torch.manual_seed(seed)

@@ -1,0 +1,608 @@
+"""The commands as a shell sees them: exit codes, one-line errors, and the files they leave."""
+
+import _thread
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import tomllib
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import files_below, same_bits, tiny_flux
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_flux import write_tiny_flux
+
+import fluxkern
+from fluxkern import checkpoint
+from fluxkern.cli import main
+from fluxkern.compact import train
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+PROMPT = "a red circle on a blue background"
+SMALL = ("--height", "32", "--width", "48", "--steps", "2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    write_tiny_flux(folder, guidance=True)
+    return folder / "flux"
+
+
+@pytest.fixture
+def fluxkern_at(tmp_path, monkeypatch, capsys):
+    """Runs a command in an empty folder: exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        capsys.readouterr()
+        code = main([str(word) for word in argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def generate(fluxkern_at, model):
+    def run(*argv):
+        return fluxkern_at("generate", "--model", model, *SMALL, *argv)
+
+    return run
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def about(path):
+    return json.loads(Image.open(path).text["fluxkern"])
+
+
+def assert_refused(result, code, says):
+    found, out, err = result
+    assert found == code, err
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("fluxkern: error: ")
+    assert says in err
+
+
+# generate
+
+
+def test_generate_writes_a_picture_and_prints_its_path(generate, tmp_path):
+    code, out, err = generate(PROMPT, "--output", "picture.png", "--seed", 3)
+    assert (code, out, err) == (0, "picture.png\n", "")
+    assert files_below(tmp_path) == ["picture.png"]
+    picture = pixels("picture.png")
+    assert picture.shape == (32, 48, 3)
+    assert picture.std() > 5  # a picture, not one grey
+
+
+def test_generate_writes_how_the_picture_was_made_into_it(generate, model):
+    options = ("--negative-prompt", "a star", "--true-cfg-scale", 2, "--guidance-scale", 5)
+    assert generate(PROMPT, "--output", "a.png", "--seed", 3, *options)[0] == 0
+    found = about("a.png")
+    versions, backends = found.pop("versions"), found.pop("backends")
+    assert found == {
+        "prompt": PROMPT,
+        "negative_prompt": "a star",
+        "seed": 3,
+        "size": [48, 32],
+        "steps": 2,
+        "guidance_scale": 5.0,
+        "true_cfg_scale": 2.0,
+        "max_sequence_length": 64,
+        "dtype": "float32",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "model": "flux",
+        "revision": None,
+        "weights_hash": checkpoint.weights_hash(model),
+    }
+    assert versions["fluxkern"] == fluxkern.__version__
+    assert versions["torch"] == torch.__version__
+    assert versions.keys() == {"fluxkern", "torch", "transformers", "python"}
+    assert backends == {choice.op: choice.chosen for choice in fluxkern.explain()}
+    readable = Image.open("a.png").text["parameters"].splitlines()
+    assert readable[:2] == [PROMPT, "Negative prompt: a star"]
+    assert "Steps: 2" in readable[2] and "Seed: 3" in readable[2] and "Size: 48x32" in readable[2]
+
+
+def test_environment_and_folders_of_the_user_are_not_written_into_the_picture(
+    generate, model, monkeypatch
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    assert generate(PROMPT, "--output", "a.png")[0] == 0
+    content = Path("a.png").read_bytes()
+    assert b"hf_secret" not in content
+    assert str(model.parent).encode() not in content
+
+
+def test_the_same_seed_draws_the_same_picture_to_the_bit_and_another_seed_another(generate):
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        assert generate(PROMPT, "--output", f"{name}.png", "--seed", seed)[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    assert (pixels("a.png") != pixels("c.png")).any()
+
+
+def test_a_seed_that_was_not_given_is_said_and_draws_the_picture_again(generate):
+    code, out, err = generate(PROMPT)
+    seed = err.split()[-1]
+    assert (code, out, err) == (0, f"fluxkern-{seed}.png\n", f"fluxkern: seed {seed}\n")
+    assert about(out.strip())["seed"] == int(seed)
+    assert generate(PROMPT, "--seed", seed, "--output", "again.png")[0] == 0
+    assert Path("again.png").read_bytes() == Path(out.strip()).read_bytes()
+
+
+def test_each_picture_of_a_run_can_be_drawn_alone(generate, tmp_path):
+    Path("prompts.txt").write_text("a ring\n\n  \n圆 and круг 🟢\r\na star", encoding="utf-8")
+    code, out, err = generate("--prompts", "prompts.txt", "--output", "many.png", "--seed", 5)
+    assert (code, out, err) == (0, "many-1.png\nmany-2.png\nmany-3.png\n", "")
+    assert [about(f"many-{i}.png")["seed"] for i in (1, 2, 3)] == [5, 6, 7]
+    prompts = [about(f"many-{i}.png")["prompt"] for i in (1, 2, 3)]
+    assert prompts == ["a ring", "圆 and круг 🟢", "a star"]
+    assert generate(prompts[1], "--seed", 6, "--output", "alone.png")[0] == 0
+    assert Path("alone.png").read_bytes() == Path("many-2.png").read_bytes()
+
+
+def test_a_batch_is_its_pictures_one_by_one_within_one_level(generate, tmp_path):
+    (tmp_path / "folder").mkdir()
+    code, out, _ = generate(PROMPT, "--batch", 2, "--seed", 5, "--output", "folder")
+    assert (code, out) == (0, "folder/fluxkern-5-1.png\nfolder/fluxkern-5-2.png\n")
+    assert generate(PROMPT, "--seed", 6, "--output", "alone.png")[0] == 0
+    batch, alone = pixels("folder/fluxkern-5-2.png"), pixels("alone.png")
+    assert np.abs(batch - alone).max() <= 1
+    assert about("folder/fluxkern-5-2.png") == about("alone.png")
+
+
+def test_prompts_are_read_from_standard_input(generate, monkeypatch, tmp_path):
+    (tmp_path / "lines").write_text("a ring\n")
+    with open("lines") as lines:
+        monkeypatch.setattr(sys, "stdin", lines)
+        assert generate("--prompts", "-", "--output", "a.png", "--seed", 1)[0] == 0
+    assert about("a.png")["prompt"] == "a ring"
+
+
+def test_a_prompt_is_never_a_path_and_its_control_characters_reach_no_terminal(generate, tmp_path):
+    prompt = "../../x.png\x1b[31m\x07\u202e@/etc/passwd " + "star " * 100
+    code, out, err = generate(prompt, "--output", "a.png", "--seed", 1)
+    assert (code, out) == (0, "a.png\n")
+    assert files_below(tmp_path) == ["a.png"]
+    lines = err.splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["fluxkern:", "warning:", "CLIP"],
+        ["fluxkern:", "warning:", "T5"],
+    ]
+    assert all(line.isprintable() for line in lines)
+    assert about("a.png")["prompt"] == prompt
+    assert "\\x1b[31m\\x07\\u202e@" in Image.open("a.png").text["parameters"]
+
+
+def test_control_characters_in_an_error_are_escaped(generate):
+    assert_refused(generate(PROMPT, "--output", "\x1b[2J.txt"), 2, "\\x1b[2J.txt")
+
+
+def test_a_picture_that_exists_is_written_over_only_by_force(generate, tmp_path):
+    Path("a.png").write_text("mine")
+    assert_refused(generate(PROMPT, "--output", "a.png"), 2, "a.png exists already; --force")
+    assert Path("a.png").read_text() == "mine"
+    code, out, _ = generate(PROMPT, "--output", "a.png", "--force", "--seed", 1)
+    assert (code, out) == (0, "a.png\n")
+    assert pixels("a.png").shape == (32, 48, 3)
+    Path("many-2.png").write_text("mine")
+    assert_refused(generate(PROMPT, "--output", "many.png", "--batch", 2), 2, "many-2.png exists")
+    assert files_below(tmp_path) == ["a.png", "many-2.png"]
+
+
+def test_an_option_without_effect_is_warned_of_in_one_line(generate):
+    code, _, err = generate(PROMPT, "--negative-prompt", "x", "--seed", 1, "--output", "a.png")
+    assert code == 0
+    assert err.startswith("fluxkern: warning: negative_prompt has no effect")
+    assert err.count("\n") == 1
+    assert about("a.png")["negative_prompt"] is None
+
+
+def test_the_progress_bar_counts_pictures(generate, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    code, _, err = generate(PROMPT, "--batch", 2, "--seed", 1)
+    assert code == 0
+    assert "pictures 1-2/2: 100%" in err
+    assert "Loading" not in err
+
+
+BAD_ARGUMENTS = {
+    "--height 100": "--height must be a multiple of 16",
+    "--width 0": "--width must be",
+    "--width 8208": "--width must be",
+    "--steps 0": "--steps must be",
+    "--steps -3": "--steps must be",
+    "--steps 1001": "--steps must be",
+    "--steps x": "--steps",
+    "--batch 0": "--batch must be",
+    "--seed -1": "--seed must be",
+    "--max-sequence-length 513": "--max-sequence-length must be",
+    "--true-cfg-scale nan": "--true-cfg-scale must be",
+    "--guidance-scale inf": "--guidance-scale must be",
+    "--dtype int8": "--dtype",
+    "--device tpu": "--device",
+    "--nonsense": "--nonsense",
+    "--prompts file": "got both",
+    "--revision main": "--revision needs",
+    "--output a.jpg": "--output must be a .png file",
+    "--output none/a.png": "no folder none",
+    "--output none/": "no folder none",
+    "--model ./none": "neither a file or folder here nor an id",
+}
+
+
+@pytest.mark.parametrize("words", BAD_ARGUMENTS)
+def test_a_bad_argument_is_refused_in_one_line(generate, tmp_path, words):
+    assert_refused(generate(PROMPT, *words.split()), 2, BAD_ARGUMENTS[words])
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(generate):
+    assert_refused(generate(PROMPT, "--device", "cuda"), 2, "no CUDA GPU")
+
+
+def test_a_command_is_needed(fluxkern_at):
+    assert_refused(fluxkern_at(), 2, "COMMAND")
+    assert_refused(fluxkern_at("draw"), 2, "draw")
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "says"),
+    [
+        (b"\n  \n\n", 2, "holds no prompt"),
+        (b"", 2, "holds no prompt"),
+        (b"caf\xe9\n", 2, "not UTF-8"),
+        (None, 1, "No such file"),
+    ],
+    ids=["blank", "empty", "latin-1", "missing"],
+)
+def test_a_file_without_prompts_is_refused(generate, tmp_path, content, code, says):
+    if content is not None:
+        Path("prompts").write_bytes(content)
+    before = files_below(tmp_path)
+    assert_refused(generate("--prompts", "prompts"), code, says)
+    assert files_below(tmp_path) == before
+
+
+def test_no_prompt_at_all_is_refused_and_an_empty_one_is_drawn(generate):
+    assert_refused(generate(), 2, "got neither")
+    assert_refused(generate("\udc80"), 2, "not valid Unicode")
+    assert generate("", "--output", "a.png", "--seed", 1)[0] == 0
+    assert about("a.png")["prompt"] == ""
+
+
+def pickled(folder):
+    (folder / WEIGHTS).rename((folder / WEIGHTS).with_suffix(".bin"))
+
+
+def cut_short(folder):
+    with open(folder / WEIGHTS, "r+b") as file:
+        file.truncate(20_000)
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def fill(folder):
+    edit_json(folder / "transformer" / "config.json", in_channels=384, out_channels=64)
+
+
+def fill_pipeline(folder):
+    edit_json(folder / "model_index.json", _class_name="FluxFillPipeline")
+
+
+def lora(folder):
+    save_file({"transformer.x_embedder.lora_A.weight": torch.zeros(2, 2)}, folder / WEIGHTS)
+
+
+def one_tensor_less(folder):
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["proj_out.bias"]
+    save_file(tensors, folder / WEIGHTS)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (pickled, "pickle"),
+        (cut_short, "damaged or cut short"),
+        (empty, "model_index.json"),
+        (fill, "FLUX.1 Fill"),
+        (fill_pipeline, "FluxFillPipeline"),
+        (lora, "is a LoRA"),
+        (one_tensor_less, "proj_out.bias"),
+    ],
+)
+def test_a_model_that_is_not_one_is_refused(fluxkern_at, model, tmp_path, spoil, says):
+    shutil.copytree(model, tmp_path / "model")
+    spoil(tmp_path / "model")
+    before = files_below(tmp_path)
+    assert_refused(fluxkern_at("generate", PROMPT, "--model", "model", *SMALL), 2, says)
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("lora.safetensors", "is a LoRA"),
+        ("flux.safetensors", "must be a diffusers folder"),
+        ("flux.ckpt", "is a pickle"),
+    ],
+)
+def test_a_single_file_is_not_a_model_to_draw_with(fluxkern_at, tmp_path, name, says):
+    key = "x.lora_A.weight" if name.startswith("lora") else "img_in.weight"
+    save_file({key: torch.zeros(2, 2)}, tmp_path / name)
+    assert_refused(fluxkern_at("generate", PROMPT, "--model", name), 2, says)
+    assert files_below(tmp_path) == [name]
+
+
+def test_a_nan_weight_is_warned_of_in_one_line(fluxkern_at, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / WEIGHTS)
+    tensors["proj_out.bias"][3] = float("nan")
+    save_file(tensors, tmp_path / "model" / WEIGHTS)
+    code, out, err = fluxkern_at("generate", "", "--model", "model", *SMALL, "--seed", 1)
+    assert (code, out) == (0, "fluxkern-1.png\n")
+    assert "NaN or an infinity (final_layer.linear.bias)" in err.splitlines()[0]
+    assert all(line.startswith("fluxkern: warning: ") for line in err.splitlines())
+
+
+@contextmanager
+def disk_of(size):
+    """No file may grow beyond `size` bytes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_leaves_nothing_behind(generate, tmp_path):
+    with disk_of(1000):
+        result = generate(PROMPT, "--output", "a.png", "--seed", 1)
+    assert_refused(result, 1, "a.png cannot be written: File too large")
+    assert files_below(tmp_path) == []
+
+
+def test_a_full_disk_leaves_the_picture_that_force_would_have_replaced(generate, tmp_path):
+    Path("a.png").write_text("mine")
+    with disk_of(1000):
+        result = generate(PROMPT, "--output", "a.png", "--seed", 1, "--force")
+    assert_refused(result, 1, "cannot be written")
+    assert files_below(tmp_path) == ["a.png"]
+    assert Path("a.png").read_text() == "mine"
+
+
+def test_an_interrupt_ends_a_run_without_a_trace(generate, tmp_path):
+    timer = threading.Timer(1.0, _thread.interrupt_main)
+    timer.start()
+    long = ("--steps", 1000, "--height", 512, "--width", 512)
+    result = generate(PROMPT, "--output", "a.png", "--seed", 1, *long)
+    assert result == (130, "", "fluxkern: interrupted\n")
+    assert files_below(tmp_path) == []
+
+
+def test_what_generate_changes_in_transformers_and_warnings_is_put_back(generate):
+    from transformers.utils import logging
+
+    def settings():
+        return logging.get_verbosity(), logging.is_progress_bar_enabled(), warnings.showwarning
+
+    before = settings()
+    assert generate(PROMPT, "--seed", 1)[0] == 0
+    assert generate(PROMPT, "--seed", 1)[0] == 2
+    assert settings() == before
+
+
+# env
+
+
+def test_env_as_json_holds_every_op_with_its_reasons(fluxkern_at):
+    code, out, err = fluxkern_at("env", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    expected = {c.op: {"chosen": c.chosen, "reasons": c.reasons} for c in fluxkern.explain()}
+    assert found["ops"] == expected
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["cpu"]["cores"] == os.cpu_count()
+    assert len(found["gpus"]) == torch.cuda.device_count()
+    assert found["compiled_kernels"] == []
+
+
+def test_env_shows_every_op_and_why_no_kernel_runs(fluxkern_at):
+    code, out, err = fluxkern_at("env")
+    assert (code, err) == (0, "")
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    for choice in fluxkern.explain():
+        assert lines[choice.op].split()[1] == choice.chosen
+        for backend, reason in choice.reasons.items():
+            assert reason is None or f"{backend}: {reason}" in lines[choice.op]
+    assert "no compiled kernels" in lines["kernels"]
+    assert lines["torch"].split() == ["torch", torch.__version__]
+
+
+def test_help_does_not_wait_for_torch():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "fluxkern" / "cli.py"), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"torch", "numpy", "PIL", "transformers", "tqdm"}
+    for command in ("generate", "env", "convert", "train"):
+        assert command in done.stdout
+
+
+# convert
+
+
+def test_convert_there_and_back_is_the_identity(fluxkern_at, tmp_path):
+    checkpoint.save_flux(tiny_flux(), tmp_path / "flux")
+    there = fluxkern_at("convert", "flux", "flux.safetensors", "--to", "bfl")
+    assert there == (0, "flux.safetensors\n", "")
+    assert "double_blocks.0.img_attn.qkv.weight" in load_file("flux.safetensors")
+    back = fluxkern_at("convert", "flux.safetensors", "back", "--to", "diffusers")
+    assert back == (0, "back\n", "")
+    name = Path(WEIGHTS).name
+    assert same_bits(load_file(Path("back") / name), load_file(Path("flux") / name))
+
+
+def test_convert_writes_over_what_exists_only_by_force(fluxkern_at, tmp_path):
+    checkpoint.save_flux(tiny_flux(), tmp_path / "flux.safetensors", format="bfl")
+    (tmp_path / "out").mkdir()
+    command = ("convert", "flux.safetensors", "out", "--to", "diffusers")
+    assert_refused(fluxkern_at(*command), 2, "out exists already; --force")
+    assert files_below(tmp_path / "out") == []
+    assert fluxkern_at(*command, "--force")[0] == 0
+    assert "config.json" in files_below(tmp_path / "out")
+
+
+def test_convert_refuses_what_is_no_checkpoint_and_leaves_nothing(fluxkern_at, tmp_path):
+    save_file({"x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(b"PK\x03\x04 pretending")
+    for source, says in (("lora", "LoRA"), ("junk", "pickle"), ("none", "not a file")):
+        command = ("convert", f"{source}.safetensors", "new/out", "--to", "diffusers")
+        assert_refused(fluxkern_at(*command), 2, says)
+    assert files_below(tmp_path) == ["junk.safetensors", "lora.safetensors"]
+
+
+# train
+
+SMALLEST = {"pictures": 4, "steps": 2, "batch_size": 2, "evaluate_every": 100}
+
+
+def write_recipe(path, seed=1):
+    """The recipe of the package with the smallest numbers, five steps for the transformer."""
+    recipe = tomllib.loads(train.RECIPE.read_text()) | {"seed": seed}
+    lines = [f"seed = {recipe.pop('seed')}"]
+    for stage, values in recipe.items():
+        smallest = {name: SMALLEST.get(name, value) for name, value in values.items()}
+        smallest["steps"] = 5 if stage == "flow" else 2
+        lines += [f"[{stage}]", *(f"{k} = {json.dumps(v)}" for k, v in smallest.items())]
+    path.write_text("\n".join(lines))
+
+
+# the state is written after the second step; the third is done when the process is killed
+KILLED = """
+import os, signal, sys
+from fluxkern.cli import main
+from fluxkern.compact import train
+
+train.Run._judge_vae.__defaults__ = (2,)
+update = train.Optimised.update
+
+def update_or_die(optimised, loss):
+    if optimised.path.name == "flow.safetensors":
+        train.SAVE_EVERY = 0 if optimised.step < 2 else 1e9
+        if optimised.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return update(optimised, loss)
+
+train.Optimised.update = update_or_die
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the run `whole`, and `parted`, killed in the middle and started again."""
+    folder = tmp_path_factory.mktemp("train")
+    write_recipe(folder / "recipe.toml")
+    options = ["--config", str(folder / "recipe.toml"), "--threads", "1"]
+    whole, parted = (["train", "--out", str(folder / n), *options] for n in ("whole", "parted"))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, *parted]
+    killed = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:  # fewer pictures are judged, all stages run
+        patch.setattr(train, "SAMPLES", 2)
+        patch.setattr(train.Run._judge_vae, "__defaults__", (2,))
+        assert main(whole) == 0
+        _, err = killed.communicate(timeout=300)
+        assert killed.returncode == -signal.SIGKILL, err.decode()
+        step = train.Optimised(
+            folder / "parted" / "flow.safetensors",
+            dict(train.Flux(train.CONFIGS["compact"]).named_parameters()),
+            1e-3,
+            5,
+            0.5,
+        ).step
+        assert step == 2
+        assert main(parted) == 0
+    torch.set_num_threads(threads)
+    return folder
+
+
+def test_a_training_killed_and_resumed_is_the_one_that_was_not_to_the_bit(trained):
+    whole, parted = trained / "whole" / "weights", trained / "parted" / "weights"
+    assert files_below(whole) == files_below(parted)
+    files = [name for name in files_below(whole) if (whole / name).is_file()]
+    assert WEIGHTS in files
+    for name in files:
+        assert (whole / name).read_bytes() == (parted / name).read_bytes(), name
+
+
+def test_generate_draws_with_what_train_made_by_the_compact_models_defaults(trained, fluxkern_at):
+    size = ("--height", 16, "--width", 16, "--seed", 1, "--output", "a.png")
+    code, out, err = fluxkern_at("generate", PROMPT, "--model", trained / "whole/weights", *size)
+    assert (code, out, err) == (0, "a.png\n", "")
+    found = about("a.png")
+    assert (found["steps"], found["true_cfg_scale"], found["guidance_scale"]) == (16, 3.0, None)
+    assert found["negative_prompt"] == ""
+
+
+def test_train_prints_the_folder_of_finished_weights_again(trained, fluxkern_at):
+    command = ("train", "--out", trained / "whole", "--config", trained / "recipe.toml")
+    code, out, _ = fluxkern_at(*command)
+    assert (code, out) == (0, f"{trained / 'whole' / 'weights'}\n")
+
+
+def test_train_refuses_another_recipe_in_the_same_folder(trained, fluxkern_at, tmp_path):
+    write_recipe(tmp_path / "other.toml", seed=2)
+    command = ("train", "--out", trained / "whole", "--config", "other.toml")
+    assert_refused(fluxkern_at(*command), 2, "seed is 1 there, got 2")
+
+
+def test_train_refuses_bad_input_before_it_makes_a_folder(fluxkern_at, tmp_path):
+    (tmp_path / "bad.toml").write_text("seed = ")
+    assert_refused(fluxkern_at("train", "--config", "bad.toml"), 2, "not a TOML file")
+    assert_refused(fluxkern_at("train", "--config", "none.toml"), 1, "No such file")
+    assert_refused(fluxkern_at("train", "--threads", "0"), 2, "--threads must be at least 1")
+    assert files_below(tmp_path) == ["bad.toml"]
+
+
+def test_an_interrupted_training_says_how_it_goes_on(fluxkern_at, tmp_path):
+    timer = threading.Timer(1.0, _thread.interrupt_main)
+    timer.start()
+    code, out, err = fluxkern_at("train", "--out", "run")
+    assert (code, out) == (130, "")
+    last = err.splitlines()[-1]
+    assert last == "fluxkern: interrupted; the same command goes on from there"

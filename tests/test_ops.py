@@ -1,0 +1,890 @@
+"""Every public op against its formula, written out in NumPy fp64, and the laws it obeys."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fluxkern import ops
+
+EPS = 1e-6
+LIMITS = {  # relative L2 error: some units of rounding
+    torch.float64: 2e-15,
+    torch.float32: 1e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch: int = 2
+    txt: int = 3
+    img: int = 5
+    hidden: int = 37
+    heads: int = 3
+    head_dim: int = 10
+
+    @property
+    def tokens(self) -> int:
+        return self.txt + self.img
+
+
+TINY = Sizes(1, 1, 2, 4, 2, 4)
+SIZES = {
+    "odd": Sizes(),
+    "one of each": Sizes(1, 1, 1, 1, 1, 2),
+    "empty batch": Sizes(batch=0),
+    "empty text": Sizes(txt=0),
+    "no image": Sizes(img=0),
+    "FLUX's width": Sizes(1, 2, 3, 3072, 24, 128),
+}
+
+
+# inputs: the views that a model hands over, in the order of the op's arguments
+
+
+def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def tokens(s: Sizes, dtype: torch.dtype) -> Tensor:
+    return normal(s.batch, s.tokens + 2, s.hidden, dtype=dtype)[:, 2:]
+
+
+def rows(s: Sizes, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return normal(s.batch, 1, 6 * s.hidden, dtype=dtype).chunk(6, -1)
+
+
+def qkv(s: Sizes, dtype: torch.dtype, length: int) -> tuple[Tensor, ...]:
+    width = 3 * s.heads * s.head_dim
+    projected = normal(s.batch, length, width + 5, dtype=dtype)[..., :width]
+    return projected.unflatten(-1, (3, s.heads, s.head_dim)).unbind(2)
+
+
+def tables(angle: Tensor) -> tuple[Tensor, Tensor]:
+    """[L, D/2] -> stride-2 views of repeat-interleaved fp32 [L, D]."""
+    return tuple(t.repeat_interleave(2, -1).float()[:, ::2] for t in (angle.cos(), angle.sin()))
+
+
+def rotations(s: Sizes) -> tuple[Tensor, Tensor]:
+    return tables(100 * normal(s.tokens, s.head_dim // 2, dtype=torch.float64))
+
+
+def norm_modulate_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    shift, scale, *_ = rows(s, dtype)
+    return {"x": tokens(s, dtype), "scale": scale, "shift": shift}
+
+
+def joint_norm_modulate_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    txt, img = rows(s, dtype), rows(s, dtype)
+    vectors = {"txt_scale": txt[1], "txt_shift": txt[0], "img_scale": img[1], "img_shift": img[0]}
+    return {"x": tokens(s, dtype), **vectors, "txt_len": s.txt}
+
+
+def gated_residual_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    return {"x": tokens(s, dtype), "y": tokens(s, dtype), "gate": rows(s, dtype)[2]}
+
+
+def joint_gated_residual_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    gates = {"txt_gate": rows(s, dtype)[2], "img_gate": rows(s, dtype)[2]}
+    return {"x": tokens(s, dtype), "y": tokens(s, dtype), **gates, "txt_len": s.txt}
+
+
+def fused_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    _, _, gate, shift, scale, _ = rows(s, dtype)
+    return {
+        "x": tokens(s, dtype),
+        "y": tokens(s, dtype),
+        "gate": gate,
+        "scale": scale,
+        "shift": shift,
+    }
+
+
+def joint_fused_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    args = {"x": tokens(s, dtype), "y": tokens(s, dtype)}
+    for stream in ("txt", "img"):
+        _, _, gate, shift, scale, _ = rows(s, dtype)
+        vectors = {f"{stream}_gate": gate, f"{stream}_scale": scale, f"{stream}_shift": shift}
+        args.update(vectors)
+    return {**args, "txt_len": s.txt}
+
+
+def qk_norm_rope_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    q, k, _ = qkv(s, dtype, s.tokens)
+    q_weight, k_weight = normal(2, s.head_dim, dtype=dtype)
+    cos, sin = rotations(s)
+    return {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}
+
+
+def stream_weights(s: Sizes, dtype: torch.dtype) -> dict[str, Tensor]:
+    names = ("txt_q_weight", "txt_k_weight", "img_q_weight", "img_k_weight")
+    return dict(zip(names, normal(4, s.head_dim, dtype=dtype), strict=True))
+
+
+def joint_qk_norm_rope_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    txt = dict(zip(("txt_q", "txt_k", "txt_v"), qkv(s, dtype, s.txt), strict=True))
+    img = dict(zip(("img_q", "img_k", "img_v"), qkv(s, dtype, s.img), strict=True))
+    cos, sin = rotations(s)
+    return {**txt, **img, **stream_weights(s, dtype), "cos": cos, "sin": sin}
+
+
+def in_place_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    q, k, _ = qkv(s, dtype, s.tokens)
+    cos, sin = rotations(s)
+    return {"q": q, "k": k, **stream_weights(s, dtype), "cos": cos, "sin": sin, "txt_len": s.txt}
+
+
+def attention_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    _, k, v = qkv(s, dtype, s.tokens)
+    return {"q": qkv(s, dtype, s.img)[0], "k": k, "v": v}
+
+
+def rope_attention_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    args = qk_norm_rope_inputs(s, dtype)
+    return {"q": args.pop("q"), "k": args.pop("k"), "v": qkv(s, dtype, s.tokens)[2], **args}
+
+
+def linear_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    weight = normal(11, s.hidden, dtype=dtype) * s.hidden**-0.5
+    bias = normal(11, dtype=dtype)
+    return {"x": tokens(s, dtype), "weight": weight, "bias": bias, "activation": "gelu_tanh"}
+
+
+def modulation_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    vec, bias = normal(s.batch, 7, dtype=dtype), normal(6 * s.hidden, dtype=dtype)
+    return {"vec": vec, "weight": normal(6 * s.hidden, 7, dtype=dtype), "bias": bias, "chunks": 6}
+
+
+def gelu_tanh_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    return {"x": 4 * tokens(s, dtype)}
+
+
+def group_norm_silu_inputs(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    weight, bias = normal(2, 3 * s.heads, dtype=dtype)
+    x = 3 + normal(s.batch, 3 * s.heads, 5, 7, dtype=dtype)
+    return {"x": x, "weight": weight, "bias": bias, "num_groups": s.heads}
+
+
+# truth: loops over rows, fp64
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def true_joint_norm_modulate(x, txt_scale, txt_shift, img_scale, img_shift, txt_len):
+    out = np.empty_like(x)
+    for b, row in np.ndindex(x.shape[:2]):
+        scale, shift = (txt_scale, txt_shift) if row < txt_len else (img_scale, img_shift)
+        centred = x[b, row] - x[b, row].sum() / x.shape[2]
+        deviation = np.sqrt((centred**2).sum() / x.shape[2] + EPS)
+        out[b, row] = centred / deviation * (1 + scale[b, 0]) + shift[b, 0]
+    return out
+
+
+def true_norm_modulate(x, scale, shift):
+    return true_joint_norm_modulate(x, scale, shift, scale, shift, 0)
+
+
+def true_joint_gated_residual(x, y, txt_gate, img_gate, txt_len):
+    out = np.empty_like(x)
+    for b, row in np.ndindex(x.shape[:2]):
+        out[b, row] = x[b, row] + (txt_gate if row < txt_len else img_gate)[b, 0] * y[b, row]
+    return out
+
+
+def true_gated_residual(x, y, gate):
+    return true_joint_gated_residual(x, y, gate, gate, 0)
+
+
+def true_fused(x, y, gate, scale, shift):
+    x_new = true_gated_residual(x, y, gate)
+    return x_new, true_norm_modulate(x_new, scale, shift)
+
+
+def true_joint_fused(x, y, txt_gate, txt_scale, txt_shift, img_gate, img_scale, img_shift, txt_len):
+    x_new = true_joint_gated_residual(x, y, txt_gate, img_gate, txt_len)
+    h = true_joint_norm_modulate(x_new, txt_scale, txt_shift, img_scale, img_shift, txt_len)
+    return x_new, h
+
+
+def true_norm_rope(x, weights, cos, sin):
+    """weights: one [D] a token; a pair of channels is a complex number, a rotation a product."""
+    out = np.empty_like(x)
+    for b, row, head in np.ndindex(x.shape[:3]):
+        n = x[b, row, head] / np.sqrt((x[b, row, head] ** 2).mean() + EPS) * weights[row]
+        turned = (n[0::2] + 1j * n[1::2]) * (cos[row] + 1j * sin[row])
+        out[b, row, head, 0::2], out[b, row, head, 1::2] = turned.real, turned.imag
+    return out
+
+
+def true_qk_norm_rope(q, k, q_weight, k_weight, cos, sin):
+    length = q.shape[1]
+    return (
+        true_norm_rope(q, [q_weight] * length, cos, sin),
+        true_norm_rope(k, [k_weight] * length, cos, sin),
+    )
+
+
+def true_in_place(q, k, txt_q_weight, txt_k_weight, img_q_weight, img_k_weight, cos, sin, txt_len):
+    img_len = q.shape[1] - txt_len
+    return (
+        true_norm_rope(q, [txt_q_weight] * txt_len + [img_q_weight] * img_len, cos, sin),
+        true_norm_rope(k, [txt_k_weight] * txt_len + [img_k_weight] * img_len, cos, sin),
+    )
+
+
+def true_joint_qk_norm_rope(txt_q, txt_k, txt_v, img_q, img_k, img_v, *weights_and_tables):
+    q, k, v = (np.concatenate(pair, 1) for pair in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v)))
+    return *true_in_place(q, k, *weights_and_tables, txt_q.shape[1]), v
+
+
+def true_attention_lse(q, k, v):
+    out, lse = np.empty_like(q), np.empty(q.shape[:3])
+    for b, row, head in np.ndindex(q.shape[:3]):
+        scores = np.array([q[b, row, head] @ key for key in k[b, :, head]]) / q.shape[3] ** 0.5
+        top = scores.max()
+        weights = np.exp(scores - top)
+        out[b, row, head] = weights @ v[b, :, head] / weights.sum()
+        lse[b, row, head] = top + math.log(weights.sum())
+    return out, lse
+
+
+def true_attention(q, k, v):
+    return true_attention_lse(q, k, v)[0]
+
+
+def true_rope_attention(q, k, v, *weights_and_tables):
+    return true_attention(*true_qk_norm_rope(q, k, *weights_and_tables), v)
+
+
+def true_gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def true_linear(x, weight, bias, activation):
+    out = np.einsum("blc,oc->blo", x, weight) + bias
+    return true_gelu_tanh(out) if activation else out
+
+
+def true_modulation(vec, weight, bias, chunks):
+    out = (silu(vec) @ weight.T + bias)[..., None, :]
+    return tuple(np.split(out, chunks, -1))
+
+
+def true_group_norm_silu(x, weight, bias, num_groups):
+    out, size = np.empty_like(x), x.shape[1] // num_groups
+    for b, channel in np.ndindex(x.shape[:2]):
+        first = channel // size * size
+        group = x[b, first : first + size]
+        n = (x[b, channel] - group.mean()) / np.sqrt(group.var() + EPS)
+        out[b, channel] = silu(n * weight[channel] + bias[channel])
+    return out
+
+
+@dataclass(frozen=True)
+class Case:
+    inputs: Callable[[Sizes, torch.dtype], dict[str, Any]]
+    truth: Callable[..., Any]
+
+
+CASES = {
+    "attention": Case(attention_inputs, true_attention),
+    "attention_lse": Case(attention_inputs, true_attention_lse),
+    "gated_residual": Case(gated_residual_inputs, true_gated_residual),
+    "gated_residual_norm_modulate": Case(fused_inputs, true_fused),
+    "gelu_tanh": Case(gelu_tanh_inputs, true_gelu_tanh),
+    "group_norm_silu": Case(group_norm_silu_inputs, true_group_norm_silu),
+    "joint_gated_residual": Case(joint_gated_residual_inputs, true_joint_gated_residual),
+    "joint_gated_residual_norm_modulate": Case(joint_fused_inputs, true_joint_fused),
+    "joint_norm_modulate": Case(joint_norm_modulate_inputs, true_joint_norm_modulate),
+    "joint_qk_norm_rope": Case(joint_qk_norm_rope_inputs, true_joint_qk_norm_rope),
+    "linear": Case(linear_inputs, true_linear),
+    "modulation": Case(modulation_inputs, true_modulation),
+    "norm_modulate": Case(norm_modulate_inputs, true_norm_modulate),
+    "qk_norm_rope": Case(qk_norm_rope_inputs, true_qk_norm_rope),
+    "qk_norm_rope_": Case(in_place_inputs, true_in_place),
+    "rope_attention": Case(rope_attention_inputs, true_rope_attention),
+}
+FUNCTIONAL = [name for name in CASES if name != "qk_norm_rope_"]
+KEYWORD_ONLY = ("activation",)
+
+
+def call(name: str, args: dict[str, Any], **more: Any) -> tuple[Tensor, ...]:
+    """The op's outputs as a tuple; those of the in-place form are the tensors it wrote."""
+    keywords = {key: value for key, value in args.items() if key in KEYWORD_ONLY}
+    positional = [value for key, value in args.items() if key not in KEYWORD_ONLY]
+    out = getattr(ops, name)(*positional, **keywords, **more)
+    if name == "qk_norm_rope_":
+        assert out is None
+        return args["q"], args["k"]
+    return out if isinstance(out, tuple) else (out,)
+
+
+def truth(name: str, args: dict[str, Any]) -> tuple[np.ndarray, ...]:
+    wide = [v.double().numpy().copy() if isinstance(v, Tensor) else v for v in args.values()]
+    out = CASES[name].truth(*wide)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def assert_accurate(out: Tensor, expected: np.ndarray, limit: float) -> None:
+    assert tuple(out.shape) == expected.shape
+    error = np.linalg.norm(out.detach().double().numpy() - expected)
+    assert error <= limit * np.linalg.norm(expected)
+
+
+def differentiable(args: dict[str, Any]) -> dict[str, Any]:
+    """Leaves with the same values and strides, which need a gradient; cos and sin do not."""
+    return {
+        name: value.detach().requires_grad_()
+        if isinstance(value, Tensor) and name not in ("cos", "sin")
+        else value
+        for name, value in args.items()
+    }
+
+
+# every op
+
+
+def test_every_public_op_has_a_case():
+    others = {"BACKENDS", "Backend", "Choice", "explain", "register", "timestep_embedding"}
+    assert set(CASES) == set(ops.__all__) - others
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_op_agrees_with_its_formula(name: str, dtype: torch.dtype):
+    args = CASES[name].inputs(Sizes(), dtype)
+    expected = truth(name, args)
+    for out, wanted in zip(call(name, args), expected, strict=True):
+        assert_accurate(out, wanted, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_op_takes_any_size(name: str, size: str):
+    args = CASES[name].inputs(SIZES[size], torch.float32)
+    expected = truth(name, args)
+    for out, wanted in zip(call(name, args), expected, strict=True):
+        assert_accurate(out, wanted, LIMITS[torch.float32])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_keep_the_dtype_and_lse_is_wide(name: str):
+    out = call(name, CASES[name].inputs(TINY, torch.bfloat16))
+    expected = [torch.bfloat16] * len(out)
+    if name == "attention_lse":
+        expected[1] = torch.float32
+    assert [t.dtype for t in out] == expected
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_op_leaves_its_inputs_unwritten(name: str):
+    args = CASES[name].inputs(Sizes(), torch.float32)
+    before = {key: v.clone() for key, v in args.items() if isinstance(v, Tensor)}
+    call(name, args)
+    for key, value in before.items():
+        assert torch.equal(args[key], value), key
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_gradients_agree_with_finite_differences(name: str):
+    args = differentiable(CASES[name].inputs(TINY, torch.float64))
+    leaves = {key: v for key, v in args.items() if isinstance(v, Tensor) and v.requires_grad}
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        return call(name, {**args, **dict(zip(leaves, values, strict=True))})
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+def gradients(out: tuple[Tensor, ...], args: dict[str, Any]) -> list[Tensor]:
+    leaves = [v for v in args.values() if isinstance(v, Tensor) and v.requires_grad]
+    return list(torch.autograd.grad(sum(t.square().sum() for t in out), leaves))
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_compiled_op_equals_eager(name: str):
+    args = differentiable(CASES[name].inputs(Sizes(), torch.float32))
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    out, expected = ([*o, *gradients(o, args)] for o in (compiled(name, args), call(name, args)))
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_in_place_form_equals_eager():
+    args = in_place_inputs(Sizes(), torch.float32)
+    same = args | {"q": args["q"].clone(), "k": args["k"].clone()}
+    torch._dynamo.reset()
+    torch.compile(call, fullgraph=True, backend="aot_eager")("qk_norm_rope_", same)
+    call("qk_norm_rope_", args)
+    torch.testing.assert_close(same, args, rtol=1e-6, atol=1e-6)
+
+
+# what an op refuses
+
+
+def tensor_arguments(*, first: bool = False) -> list[tuple[str, str]]:
+    """(op, argument) for each tensor argument, but the first, which the others are held against."""
+    return [
+        (name, argument)
+        for name, case in CASES.items()
+        for i, (argument, value) in enumerate(case.inputs(TINY, torch.float32).items())
+        if isinstance(value, Tensor) and (i == 0) == first
+    ]
+
+
+def refusal(name: str, **changed: Any) -> str:
+    args = {**CASES[name].inputs(Sizes(), torch.float32), **changed}
+    with pytest.raises(ValueError) as error:
+        call(name, args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def good(name: str, argument: str) -> Tensor:
+    return CASES[name].inputs(Sizes(), torch.float32)[argument]
+
+
+@pytest.mark.parametrize("name, argument", tensor_arguments())
+def test_a_wrong_width_is_refused_by_name_with_both_shapes(name: str, argument: str):
+    value = good(name, argument)
+    bad = torch.cat((value, value[..., :1]), -1)
+    message = refusal(name, **{argument: bad})
+    assert message.startswith(f"{argument} must be ")
+    assert message.endswith(f"got {list(bad.shape)}")
+    assert str(value.shape[-1]) in message.split("got")[0]
+
+
+@pytest.mark.parametrize("name, argument", tensor_arguments())
+def test_a_wrong_rank_is_refused_by_name_with_the_shape(name: str, argument: str):
+    bad = good(name, argument)[None, None]
+    message = refusal(name, **{argument: bad})
+    assert message.startswith(f"{argument} must be ")
+    assert message.endswith(f"got {list(bad.shape)}")
+
+
+@pytest.mark.parametrize("name, argument", tensor_arguments())
+def test_a_wrong_dtype_is_refused_by_name_with_both_dtypes(name: str, argument: str):
+    if argument in ("cos", "sin"):
+        message = refusal(name, **{argument: good(name, argument).bfloat16()})
+        expected = f"{argument} must be torch.float32 or torch.float64, got torch.bfloat16"
+    else:
+        message = refusal(name, **{argument: good(name, argument).double()})
+        expected = rf"{argument} must have the dtype of \w+, torch.float32, got torch.float64"
+    assert re.fullmatch(expected, message)
+
+
+@pytest.mark.parametrize("name, argument", tensor_arguments())
+def test_another_device_is_refused_by_name_with_both_devices(name: str, argument: str):
+    message = refusal(name, **{argument: good(name, argument).to("meta")})
+    assert re.fullmatch(rf"{argument} must be on the device of \w+, cpu, got meta", message)
+
+
+@pytest.mark.parametrize("name, argument", tensor_arguments(first=True))
+def test_integers_are_refused(name: str, argument: str):
+    message = refusal(name, **{argument: good(name, argument).long()})
+    assert message == f"{argument} must be floating point, got torch.int64"
+
+
+@pytest.mark.parametrize(
+    "name, argument",
+    [
+        (name, argument)
+        for name, argument in tensor_arguments() + tensor_arguments(first=True)
+        if name not in ("linear", "modulation", "group_norm_silu")  # torch takes any strides there
+        and argument not in ("cos", "sin")
+        and not argument.endswith("weight")
+    ],
+)
+def test_a_last_axis_with_gaps_is_refused(name: str, argument: str):
+    value = good(name, argument)
+    message = refusal(name, **{argument: torch.stack((value, value), -1)[..., 0]})
+    assert message == f"{argument} must be contiguous on its last axis, got stride 2"
+
+
+REFUSED = [
+    (
+        "norm_modulate",
+        {"x": torch.zeros(2, 37)},
+        "x must be [B, L, C] = [any, any, any], got [2, 37]",
+    ),
+    (
+        "norm_modulate",
+        {"scale": torch.zeros(3, 37)},
+        "scale must be [B, C] = [2, 37], got [3, 37]",
+    ),
+    (
+        "gated_residual",
+        {"gate": torch.zeros(2, 8, 37)},
+        "gate must be [B, 1, C] or [B, C] = [2, 1, 37], got [2, 8, 37]",
+    ),
+    (
+        "gated_residual",
+        {"y": torch.zeros(2, 1, 37)},
+        "y must be the shape of x = [2, 8, 37], got [2, 1, 37]",
+    ),
+    *(
+        (
+            name,
+            {"txt_len": txt_len},
+            f"txt_len must be between 0 and the tokens of x, 8, got {txt_len}",
+        )
+        for name in CASES
+        if name == "qk_norm_rope_" or name.startswith(("joint_gated", "joint_norm"))
+        for txt_len in (-1, 9)
+    ),
+    (
+        "attention",
+        {"q": torch.zeros(2, 8, 10)},
+        "q must be [B, L, H, D] = [any, any, any, any], got [2, 8, 10]",
+    ),
+    (
+        "attention",
+        {"v": torch.zeros(2, 7, 3, 10)},
+        "v must be [B, L, H, D] of k = [2, 8, 3, 10], got [2, 7, 3, 10]",
+    ),
+    (
+        "attention_lse",
+        {"k": torch.zeros(2, 8, 4, 10)},
+        "k must be [B, L, H, D] of q = [2, any, 3, 10], got [2, 8, 4, 10]",
+    ),
+    (
+        "qk_norm_rope",
+        {"cos": torch.zeros(9, 5)},
+        "cos must be [L, D/2] = [8, 5], got [9, 5]",
+    ),
+    (
+        "joint_qk_norm_rope",
+        {"sin": torch.zeros(5, 5)},
+        "sin must be [L, D/2] = [8, 5], got [5, 5]",
+    ),
+    (
+        "qk_norm_rope",
+        {
+            "q": torch.zeros(2, 8, 3, 9),
+            "k": torch.zeros(2, 8, 3, 9),
+            "q_weight": torch.zeros(9),
+            "k_weight": torch.zeros(9),
+        },
+        "the head dim of q must be even, got 9",
+    ),
+    (
+        "linear",
+        {"activation": "relu"},
+        "activation must be one of (None, 'gelu_tanh'), got 'relu'",
+    ),
+    ("modulation", {"chunks": 4}, "chunks must divide the rows of weight, 222, got 4"),
+    ("modulation", {"chunks": 0}, "chunks must divide the rows of weight, 222, got 0"),
+    ("modulation", {"vec": torch.zeros(7)}, "vec must be [B, Cin] or [S, B, Cin], got [7]"),
+    ("group_norm_silu", {"num_groups": 2}, "num_groups must divide the channels of x, 9, got 2"),
+    ("group_norm_silu", {"num_groups": 0}, "num_groups must divide the channels of x, 9, got 0"),
+    (
+        "group_norm_silu",
+        {"x": torch.zeros(9, 5, 7)},
+        "x must be [B, C, H, W] = [any, any, any, any], got [9, 5, 7]",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, changed, expected", REFUSED)
+def test_a_wrong_argument_is_refused_with_both_values(name: str, changed: dict, expected: str):
+    assert refusal(name, **changed) == expected
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_unknown_backend_is_refused(name: str):
+    with pytest.raises(ValueError, match=r"backend must be one of .*reference, got 'rocm'"):
+        call(name, CASES[name].inputs(TINY, torch.float32), backend="rocm")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_backend_that_cannot_run_says_why_for_every_backend(name: str):
+    args = CASES[name].inputs(TINY, torch.float32)
+    (choice,) = ops.explain(name)
+    assert choice.reasons["reference"] is None
+    for backend in (backend for backend, reason in choice.reasons.items() if reason):
+        with pytest.raises(NotImplementedError) as error:
+            call(name, args, backend=backend)
+        assert str(error.value).startswith(f"{name} cannot run on {backend} (")
+        for other, reason in choice.reasons.items():
+            assert f"{other}: {reason or 'can run'}" in str(error.value)
+
+
+# modulate, gate
+
+
+def test_zero_scale_and_shift_is_plain_layer_norm():
+    x = tokens(Sizes(), torch.float64)
+    zero = torch.zeros(2, 37, dtype=torch.float64)
+    out = ops.norm_modulate(x, zero, zero)
+    torch.testing.assert_close(out.mean(-1), torch.zeros(2, 8, dtype=torch.float64))
+    expected = x.var(-1, correction=0) / (x.var(-1, correction=0) + EPS)
+    torch.testing.assert_close(out.var(-1, correction=0), expected)
+
+
+@pytest.mark.parametrize("name", ["gated_residual", "gated_residual_norm_modulate"])
+def test_zero_gate_returns_the_residual(name: str):
+    args = CASES[name].inputs(Sizes(), torch.bfloat16)
+    args["gate"] = torch.zeros_like(args["gate"])
+    assert torch.equal(call(name, args)[0], args["x"])
+
+
+def test_zero_text_gate_returns_only_the_text_residual():
+    args = joint_gated_residual_inputs(Sizes(), torch.float32)
+    args["txt_gate"] = torch.zeros_like(args["txt_gate"])
+    out = ops.joint_gated_residual(*args.values())
+    assert torch.equal(out[:, :3], args["x"][:, :3])
+    assert not torch.isclose(out[:, 3:], args["x"][:, 3:]).all(-1).any()
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_fused_form_equals_the_composition(dtype: torch.dtype):
+    args = fused_inputs(Sizes(), dtype)
+    x_new, h = ops.gated_residual_norm_modulate(*args.values())
+    assert torch.equal(x_new, ops.gated_residual(args["x"], args["y"], args["gate"]))
+    expected = ops.norm_modulate(x_new, args["scale"], args["shift"])
+    assert_accurate(h, expected.double().numpy(), LIMITS[dtype])
+
+
+@pytest.mark.parametrize(
+    "name", ["norm_modulate", "gated_residual", "gated_residual_norm_modulate"]
+)
+def test_vectors_without_the_token_axis_mean_the_same(name: str):
+    args = CASES[name].inputs(Sizes(), torch.float32)
+    flat = {k: v.squeeze(1) if k in ("gate", "scale", "shift") else v for k, v in args.items()}
+    for out, expected in zip(call(name, flat), call(name, args), strict=True):
+        assert torch.equal(out, expected)
+
+
+def test_eps_is_added_to_the_variance():
+    x = torch.tensor([[[-1.0, 1.0]]], dtype=torch.float64)
+    out = ops.norm_modulate(x, torch.zeros_like(x), torch.zeros_like(x), eps=3.0)
+    torch.testing.assert_close(out, x / 2)
+
+
+# norm and rotate
+
+
+def positions(*values: float) -> tuple[Tensor, Tensor]:
+    omega = 10000.0 ** (-torch.arange(5, dtype=torch.float64) / 5)
+    return tables(torch.tensor(values, dtype=torch.float64)[:, None] * omega)
+
+
+def unit_weights() -> tuple[Tensor, Tensor]:
+    return torch.ones(10, dtype=torch.float64), torch.ones(10, dtype=torch.float64)
+
+
+def test_position_zero_is_the_identity_after_the_norm():
+    q, k, _ = qkv(Sizes(), torch.float64, 2)
+    for out, x in zip(
+        ops.qk_norm_rope(q, k, *unit_weights(), *positions(0, 0)), (q, k), strict=True
+    ):
+        torch.testing.assert_close(out, x / (x.square().mean(-1, keepdim=True) + EPS).sqrt())
+
+
+def test_rotation_preserves_the_norm_of_every_pair():
+    q, k, _ = qkv(Sizes(), torch.float64, 2)
+    turned = ops.qk_norm_rope(q, k, *unit_weights(), *positions(17, 4095))
+    still = ops.qk_norm_rope(q, k, *unit_weights(), *positions(0, 0))
+    for out, expected in zip(turned, still, strict=True):
+        pairs = (t.unflatten(-1, (5, 2)).norm(dim=-1) for t in (out, expected))
+        torch.testing.assert_close(*pairs, rtol=1e-6, atol=0)
+        assert not torch.isclose(out, expected).all(-1).any()
+
+
+def test_a_quarter_turn_maps_even_channels_to_odd_ones():
+    q = torch.arange(1.0, 5.0, dtype=torch.float64).reshape(1, 1, 1, 4)
+    cos, sin = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
+    one = torch.ones(4, dtype=torch.float64)
+    out, _ = ops.qk_norm_rope(q, q, one, one, cos, sin)
+    expected = torch.tensor([-2.0, 1.0, 3.0, 4.0], dtype=torch.float64) / (7.5 + EPS) ** 0.5
+    torch.testing.assert_close(out.flatten(), expected)
+
+
+def test_scores_depend_on_the_distance_of_positions_alone():
+    q, k, _ = qkv(Sizes(), torch.float64, 2)
+
+    def scores(*at: float) -> Tensor:
+        new_q, new_k = ops.qk_norm_rope(q, k, *unit_weights(), *positions(*at))
+        return torch.einsum("bhd,bhd->bh", new_q[:, 0], new_k[:, 1])
+
+    torch.testing.assert_close(scores(3, 11), scores(103, 111), rtol=0, atol=1e-5)
+    assert (scores(3, 11) - scores(3, 12)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_joint_form_equals_the_streams_apart(dtype: torch.dtype):
+    args = joint_qk_norm_rope_inputs(Sizes(), dtype)
+    q, k, v = ops.joint_qk_norm_rope(*args.values())
+    for stream, part in (("txt", slice(None, 3)), ("img", slice(3, None))):
+        names = (f"{stream}_{name}" for name in ("q", "k", "q_weight", "k_weight"))
+        apart = ops.qk_norm_rope(*(args[n] for n in names), args["cos"][part], args["sin"][part])
+        assert torch.equal(q[:, part], apart[0])
+        assert torch.equal(k[:, part], apart[1])
+        assert torch.equal(v[:, part], args[f"{stream}_v"])
+
+
+@pytest.mark.parametrize("txt_len", [0, 3, 8])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_in_place_form_writes_the_bits_of_the_functional_form(dtype: torch.dtype, txt_len: int):
+    args = in_place_inputs(Sizes(), dtype) | {"txt_len": txt_len}
+    q, k, v = normal(2, 8, 90, dtype=dtype).unflatten(-1, (3, 3, 10)).unbind(2)
+    v_before = v.clone()
+    streams = (t[:, rows] for rows in (slice(txt_len), slice(txt_len, None)) for t in (q, k, v))
+    middle = [value for name, value in args.items() if name not in ("q", "k", "txt_len")]
+    expected = ops.joint_qk_norm_rope(*streams, *middle)
+    ops.qk_norm_rope_(q, k, *middle, txt_len)
+    for out, wanted in zip((q, k, v), (*expected[:2], v_before), strict=True):
+        assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("argument", ["q", "k", *stream_weights(TINY, torch.float32)])
+def test_in_place_form_refuses_an_input_that_needs_a_gradient(argument: str):
+    args = in_place_inputs(Sizes(), torch.float32)
+    args[argument] = args[argument].detach().requires_grad_()
+    before = args["q"].detach().clone()
+    with pytest.raises(ValueError, match="requires_grad=True, expected False"):
+        call("qk_norm_rope_", args)
+    assert torch.equal(args["q"], before)
+    with torch.no_grad():
+        call("qk_norm_rope_", args)
+    assert not torch.equal(args["q"], before)
+
+
+# attention
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_lse"])
+def test_one_key_returns_its_value(name: str):
+    args = attention_inputs(Sizes(txt=0, img=6), torch.float32)
+    args["k"], args["v"] = args["k"][:, :1], args["v"][:, :1]
+    torch.testing.assert_close(call(name, args)[0], args["v"].expand(2, 6, 3, 10))
+
+
+def test_order_of_the_keys_does_not_matter():
+    q, k, v = attention_inputs(Sizes(), torch.float64).values()
+    order = torch.randperm(8)
+    torch.testing.assert_close(ops.attention(q, k[:, order], v[:, order]), ops.attention(q, k, v))
+
+
+def test_large_scores_do_not_overflow():
+    args = attention_inputs(Sizes(), torch.float32)
+    args["q"] = args["q"] * 1e4
+    for name in ("attention", "attention_lse"):
+        for out, expected in zip(call(name, args), truth(name, args), strict=True):
+            assert_accurate(out, expected, 1e-2)
+
+
+def test_lse_merges_two_halves_of_the_keys_into_the_whole():
+    q, k, v = attention_inputs(Sizes(), torch.float64).values()
+    (left, left_lse), (right, right_lse) = (
+        ops.attention_lse(q, k[:, part], v[:, part]) for part in (slice(3), slice(3, None))
+    )
+    out, lse = ops.attention_lse(q, k, v)
+    torch.testing.assert_close(torch.logaddexp(left_lse, right_lse), lse)
+    merged = (left_lse - lse).exp()[..., None] * left + (right_lse - lse).exp()[..., None] * right
+    torch.testing.assert_close(merged, out)
+
+
+def test_lse_of_equal_keys_grows_by_the_natural_logarithm_of_their_number():
+    q, k, v = attention_inputs(Sizes(txt=0, img=8), torch.float64).values()
+    k = k[:, :1].expand(-1, 8, -1, -1)
+    _, lse = ops.attention_lse(q, k, v)
+    score = torch.einsum("blhd,bhd->blh", q, k[:, 0]) / 10**0.5
+    torch.testing.assert_close(lse, score + math.log(8))
+
+
+def test_rope_attention_equals_its_steps():
+    args = rope_attention_inputs(Sizes(), torch.float32)
+    q, k = ops.qk_norm_rope(*(v for name, v in args.items() if name != "v"))
+    torch.testing.assert_close(ops.rope_attention(*args.values()), ops.attention(q, k, args["v"]))
+
+
+# linear, modulation, activations, embedding
+
+
+def test_linear_without_activation_or_bias_is_a_product():
+    x, weight = normal(2, 3, 4, dtype=torch.float64), normal(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(ops.linear(x, weight), torch.einsum("blc,oc->blo", x, weight))
+    torch.testing.assert_close(ops.linear(x[0, 0], weight), weight @ x[0, 0])
+
+
+def test_linear_with_activation_is_gelu_tanh_of_the_linear():
+    x, weight, bias, _ = linear_inputs(Sizes(), torch.float32).values()
+    expected = ops.gelu_tanh(ops.linear(x, weight, bias))
+    torch.testing.assert_close(ops.linear(x, weight, bias, activation="gelu_tanh"), expected)
+
+
+@pytest.mark.parametrize("lead", [(2,), (4, 2)], ids=["one vector", "a schedule"])
+@pytest.mark.parametrize("chunks", [2, 3, 6])
+def test_modulation_returns_views_of_one_tensor(chunks: int, lead: tuple[int, ...]):
+    vec, weight = normal(*lead, 7, dtype=torch.float64), normal(chunks * 5, 7, dtype=torch.float64)
+    out = ops.modulation(vec, weight, None, chunks)
+    assert len(out) == chunks
+    for i, chunk in enumerate(out):
+        assert chunk.shape == (*lead, 1, 5)
+        assert chunk.stride(len(lead) - 1) == chunks * 5
+        assert chunk.data_ptr() == out[0].data_ptr() + i * 5 * chunk.element_size()
+        expected = silu(vec.numpy()) @ weight[5 * i : 5 * (i + 1)].numpy().T
+        assert_accurate(chunk.squeeze(-2), expected, 1e-14)
+
+
+def test_a_whole_schedule_equals_its_steps_one_by_one():
+    vec, weight, bias = (normal(*s, dtype=torch.float32) for s in ((4, 2, 7), (15, 7), (15,)))
+    table = ops.modulation(vec, weight, bias, 3)
+    for step in range(4):
+        for row, expected in zip(table, ops.modulation(vec[step], weight, bias, 3), strict=True):
+            torch.testing.assert_close(row[step], expected)
+
+
+def test_gelu_tanh_keeps_any_shape():
+    for shape in ((), (0,), (3,), (2, 3, 4, 5)):
+        assert ops.gelu_tanh(torch.ones(shape)).shape == shape
+
+
+def test_group_norm_takes_channels_last():
+    args = group_norm_silu_inputs(Sizes(), torch.float32)
+    expected = ops.group_norm_silu(*args.values())
+    args["x"] = args["x"].contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ops.group_norm_silu(*args.values()), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_timestep_embedding_is_cosines_then_sines(dtype: torch.dtype):
+    t = torch.tensor([0.0, 0.25, 0.5, 1.0]).to(dtype)  # exact, and so are their thousands
+    angle = 1000 * t.double().numpy()[:, None] * 10000.0 ** (-np.arange(0, 128) / 128)
+    out = ops.timestep_embedding(t, 256)
+    assert out.dtype == dtype
+    # fp32 frequencies: an angle of 1000 is right to 1e-4
+    assert_accurate(out[:, :128], np.cos(angle), 1e-4 + LIMITS[dtype])
+    assert_accurate(out[:, 128:], np.sin(angle), 1e-4 + LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype, angle", [(torch.bfloat16, 3504), (torch.float32, 3500)])
+def test_guidance_rounds_in_its_own_dtype(dtype: torch.dtype, angle: int):
+    out = ops.timestep_embedding(torch.tensor([3.5], dtype=dtype), 2)
+    expected = np.array([[math.cos(angle), math.sin(angle)]])
+    assert_accurate(out, expected, LIMITS[dtype] + 1e-5)
+
+
+@pytest.mark.parametrize(
+    "t, dim, expected",
+    [
+        (torch.zeros(2, 1), 8, "t must be [B] = [any], got [2, 1]"),
+        (torch.zeros(2, dtype=torch.int64), 8, "t must be floating point, got torch.int64"),
+        (torch.zeros(2), 7, "dim must be even and positive, got 7"),
+        (torch.zeros(2), 0, "dim must be even and positive, got 0"),
+    ],
+)
+def test_timestep_embedding_refuses(t: Tensor, dim: int, expected: str):
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        ops.timestep_embedding(t, dim)
