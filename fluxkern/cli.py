@@ -540,7 +540,8 @@ def _train(args: argparse.Namespace) -> None:
 
     import torch
 
-    from .compact.train import RECIPE, Recipe, Run
+    from .compact.recipe import RECIPE, Recipe
+    from .compact.train import Run
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)

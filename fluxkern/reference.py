@@ -72,7 +72,10 @@ def joint_gated_residual_norm_modulate(
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B, L, H, D/2]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [L, 1, D/2], fp32: the product is at least fp32
+    cos, sin = (
+        cos.unsqueeze(-2),
+        sin.unsqueeze(-2),
+    )  # [L, 1, D/2], fp32: the product is at least fp32
     return torch.stack((cos * x0 - sin * x1, sin * x0 + cos * x1), -1).flatten(-2).to(x.dtype)
 
 

@@ -11,6 +11,7 @@ import torch
 
 logging.getLogger("torch.__trace").propagate = False  # pytest would format every record: 8x slower
 
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seed", type=int, help="seed of all random test inputs; drawn when not given"

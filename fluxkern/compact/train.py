@@ -8,26 +8,24 @@ step), so a run that was stopped and resumed is the run that was not.
 from __future__ import annotations
 
 import json
-import os
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from .._files import write_files, write_json
 from ..model.autoencoder import AutoEncoder, AutoEncoderConfig
 from ..model.sampling import (
     ScheduleConfig,
@@ -42,119 +40,18 @@ from ..model.transformer import CONFIGS, Flux
 from ..pipeline import FluxPipeline
 from . import text
 from .drawings import BASE, POSITIONS, Scene, caption, draw, random_scene
-from .judge import judge, matches
+from .evaluate import adherence, mean, reconstruction, to_tensor
+from .recipe import Recipe
 
-RECIPE = Path(__file__).parent / "recipe.toml"
 CROP = 64  # px
 SAVE_EVERY = 120.0  # seconds between saved states
-SAMPLES = 64  # pictures of a sample sheet
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # parameters are fp32 in both
+JUDGED = {"flow": 64, "vae": 200}  # pictures of an evaluation
 VAE_SIZES = {"ch": 16, "ch_mult": (1, 1, 2, 4), "num_res_blocks": 1, "norm_num_groups": 2}
-
-
-@dataclass(frozen=True)
-class VaeRecipe:
-    pictures: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    decay: float
-    kl_weight: float
-
-
-@dataclass(frozen=True)
-class TextRecipe:
-    steps: int
-    batch_size: int
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class FlowRecipe:
-    pictures: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    decay: float
-    dropped_captions: float
-    evaluate_every: int
-    dtype: str
-
-
-@dataclass(frozen=True)
-class DecoderRecipe:
-    pictures: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    decay: float
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The numbers of a training run, as read from a TOML file of the same layout."""
-
-    seed: int
-    vae: VaeRecipe
-    text: TextRecipe
-    flow: FlowRecipe
-    decoder: DecoderRecipe
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> Recipe:
-        """Reads a recipe.
-
-        Raises:
-            ValueError: not TOML, or a field that is missing, unknown or of the wrong type.
-        """
-        try:
-            data = tomllib.loads(Path(path).read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a TOML file: {error}") from None
-        stages = {
-            "vae": VaeRecipe,
-            "text": TextRecipe,
-            "flow": FlowRecipe,
-            "decoder": DecoderRecipe,
-        }
-        _check_names(path, data, {"seed", *stages})
-        parts = {name: _stage(path, name, data[name], kind) for name, kind in stages.items()}
-        return cls(seed=_value(path, "seed", data["seed"], int), **parts)
-
-
-def _check_names(where: object, data: object, names: set[str]) -> None:
-    if not isinstance(data, dict) or set(data) != names:
-        found = sorted(data) if isinstance(data, dict) else data
-        raise ValueError(f"{where} must hold {sorted(names)}, got {found}")
-
-
-def _value(where: object, name: str, value: object, kind: type) -> int | float | str:
-    if kind is str:
-        if value not in DTYPES:
-            raise ValueError(f"{where}: {name} must be one of {sorted(DTYPES)}, got {value!r}")
-        return value
-    good = isinstance(value, int | float) if kind is float else isinstance(value, int)
-    if not good or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{where}: {name} must be {kind.__name__} >= 0, got {value!r}")
-    return kind(value)
-
-
-def _stage(path: object, stage: str, data: dict, kind: type) -> object:
-    where = f"{path}, [{stage}]"
-    _check_names(where, data, {field.name for field in fields(kind)})
-    types = {"int": int, "float": float, "str": str}
-    return kind(
-        **{f.name: _value(where, f.name, data[f.name], types[f.type]) for f in fields(kind)}
-    )
-
-
-STAGES = {
-    name: number for number, name in enumerate(("pictures", "vae", "text", "flow", "decoder"))
-}
+STREAMS = {"pictures": 0, "vae": 1, "text": 2, "flow": 3, "decoder": 4}  # of chance
 
 
 def _chance(recipe: Recipe, stage: str, step: int) -> np.random.Generator:
-    return np.random.default_rng((recipe.seed, STAGES[stage], step))
+    return np.random.default_rng((recipe.seed, STREAMS[stage], step))
 
 
 def _torch_chance(rng: np.random.Generator) -> torch.Generator:
@@ -237,9 +134,7 @@ class Optimised:
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    save_file(tensors, unfinished, metadata)
-    os.replace(unfinished, path)
+    write_files(path.parent, {path.name: lambda file: save_file(tensors, file, metadata)})
 
 
 class Run:
@@ -257,10 +152,11 @@ class Run:
         self.folder, self.recipe = Path(folder), recipe
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_recipe()
-        torch.manual_seed(recipe.seed)
-        self.vae = AutoEncoder(AutoEncoderConfig(**VAE_SIZES, scale_factor=1.0, shift_factor=0.0))
-        self.flux = Flux(CONFIGS["compact"])
-        initialise(self.flux)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            config = AutoEncoderConfig(**VAE_SIZES, scale_factor=1.0, shift_factor=0.0)
+            self.vae, self.flux = AutoEncoder(config), Flux(CONFIGS["compact"])
+            initialise(self.flux)
 
     def _check_recipe(self) -> None:
         path = self.folder / "recipe.json"
@@ -271,7 +167,7 @@ class Run:
                 f"{self.folder} holds a run of another recipe: {different[0]} is "
                 f"{before.get(different[0])} there, got {now[different[0]]}"
             )
-        path.write_text(json.dumps(now, indent=2) + "\n")
+        write_files(path.parent, {path.name: lambda file: write_json(file, now)})
 
     def __call__(self) -> Path:
         """Goes through the stages that are not finished yet; returns the folder of the weights."""
@@ -306,9 +202,9 @@ class Run:
             if optimised.step % evaluate_every == 0 or optimised.step == optimised.steps:
                 with optimised.averaged(), torch.no_grad():
                     figures = evaluate()
-                self.log(stage=stage, step=optimised.step, loss=_mean(recent), **figures)
+                self.log(stage=stage, step=optimised.step, loss=mean(recent), **figures)
             if optimised.step % 20 == 0:
-                bar.set_postfix(loss=f"{_mean(recent[-100:]):.4f}", **figures)
+                bar.set_postfix(loss=f"{mean(recent[-100:]):.4f}", **figures)
             if time.monotonic() - saved > SAVE_EVERY or optimised.step == optimised.steps:
                 optimised.save()
                 saved, recent = time.monotonic(), recent[-100:]
@@ -372,24 +268,9 @@ class Run:
 
         self._fit("decoder", optimised, backward, lambda: self._judge_vae("decoder"), 500)
 
-    def _judge_vae(self, stage: str, count: int = 200) -> dict[str, float]:
-        """Reconstructions of drawings that training never shows: share judged right, and PSNR."""
-        rng = np.random.default_rng((self.recipe.seed, 99))
-        scenes = [random_scene(rng, held_out=i % 2 == 1) for i in range(count)]
-        right, small, psnr, shown = [], [], [], []
-        for scene in scenes:
-            x = draw(scene, rng)
-            mean = self.vae.moments(_to_tensor(x[None]))[0]
-            z = (mean - self.vae.config.shift_factor) * self.vae.config.scale_factor
-            y = _to_pictures(self.vae.decode(z))[0]
-            good = matches(judge(y), scene)
-            right.append(good)
-            small += [good] if scene.size == "small" else []
-            error = np.mean((x.astype(np.float64) - y) ** 2)
-            psnr.append(10 * np.log10(255**2 / max(error, 1e-9)))
-            shown += [x, y] if len(shown) < 64 else []
-        _sheet(np.stack(shown), self.folder / f"{stage}.png")
-        return {"right": _mean(right), "small": _mean(small), "psnr": _mean(psnr)}
+    def _judge_vae(self, stage: str) -> dict[str, float]:
+        sheet = self.folder / f"{stage}.png"
+        return reconstruction(self.vae, JUDGED["vae"], self.recipe.seed, sheet)
 
     # text
 
@@ -413,7 +294,7 @@ class Run:
         )
         bar.close()
         text.save_text(self.folder / "text", self.clip, self.t5)
-        done.write_text(json.dumps(metrics, indent=2) + "\n")
+        write_files(done.parent, {done.name: lambda file: write_json(file, metrics)})
         self.log(stage="text", **metrics)
 
     # flow
@@ -432,15 +313,15 @@ class Run:
                     rng = _chance(self.recipe, "pictures", i)
                     batch.append(draw(random_scene(rng), rng))
                 with torch.no_grad():
-                    parts.append(self.vae.moments(_to_tensor(np.stack(batch)))[0])
-            mean = torch.cat(parts)
-            shift, scale = float(mean.mean()), float(1 / mean.std())
+                    parts.append(self.vae.moments(to_tensor(np.stack(batch)))[0])
+            z = torch.cat(parts)  # [N, 16, 16, 16]
+            shift, scale = float(z.mean()), float(1 / z.std())
             metadata = {"shift_factor": str(shift), "scale_factor": str(scale)}
-            _save_tensors(path, {"latents": pack((mean - shift) * scale)}, metadata)
+            _save_tensors(path, {"latents": pack((z - shift) * scale)}, metadata)
         with safe_open(path, "pt") as file:
             factors = {name: float(value) for name, value in file.metadata().items()}
             latents = file.get_tensor("latents")
-        object.__setattr__(self.vae, "config", AutoEncoderConfig(**VAE_SIZES, **factors))
+        self.vae.config = AutoEncoderConfig(**VAE_SIZES, **factors)
         return scenes, latents
 
     def train_flow(self) -> None:
@@ -454,7 +335,7 @@ class Run:
         )
         scenes, latents = self._latents()
         encode = partial(text.encode, self.clip, self.t5, self.tokenizers)
-        halves = _Halves(self.flux, DTYPES[recipe.dtype], encode)
+        halves = _Halves(self.flux, getattr(torch, recipe.dtype), encode)
         mu = shift_mu(latents.shape[1])
 
         def backward(step: int) -> float:
@@ -471,8 +352,8 @@ class Run:
         self._fit("flow", optimised, backward, self._judge_flow, recipe.evaluate_every)
 
     def _judge_flow(self) -> dict[str, float]:
-        """Pictures of prompts that were never seen, half of them held-out triples, at CFG 3."""
-        return adherence(self.pipeline(), SAMPLES, self.recipe.seed, self.folder / "flow.png")
+        sheet = self.folder / "flow.png"
+        return adherence(self.pipeline(), JUDGED["flow"], self.recipe.seed, sheet)
 
     # results
 
@@ -549,7 +430,7 @@ def _vae_batch(
 ) -> Tensor:
     """Every third step whole pictures, else crops that show the shape or a part of it."""
     if step % 3 == 2:
-        return _to_tensor(pictures[rng.integers(len(pictures), size=max(batch_size // 4, 1))])
+        return to_tensor(pictures[rng.integers(len(pictures), size=max(batch_size // 4, 1))])
     crops = []
     for i in rng.integers(len(pictures), size=batch_size):
         x, y = POSITIONS[scenes[i].position]
@@ -558,70 +439,13 @@ def _vae_batch(
             for place in (x, y)
         )
         crops.append(pictures[i, top : top + CROP, left : left + CROP])
-    return _to_tensor(np.stack(crops))
+    return to_tensor(np.stack(crops))
 
 
 def _training_caption(scene: Scene, rng: np.random.Generator, dropped: float) -> str:
     if rng.random() < dropped:
         return ""
     return caption(scene, rng, complete=rng.random() >= text.INCOMPLETE_SHARE)
-
-
-def adherence(
-    pipe: FluxPipeline,
-    count: int,
-    seed: int,
-    sheet: Path | None = None,
-    *,
-    steps: int = 16,
-    true_cfg_scale: float = 3.0,
-) -> dict[str, float]:
-    """How often the judge finds in a picture what its prompt asked for.
-
-    Args:
-        pipe: the compact pipeline.
-        count: pictures; every second prompt is of a triple that training never shows.
-        seed: of prompts and noise.
-        sheet: where a PNG of the pictures goes, if anywhere.
-        steps: of sampling.
-        true_cfg_scale: of classifier-free guidance.
-
-    Returns:
-        Shares of pictures with the right shape, colour, background, size, position; `all` is shape,
-        colour and background together, `seen` and `held_out` the same by kind of prompt.
-    """
-    rng = np.random.default_rng((seed, 98))
-    scenes = [random_scene(rng, held_out=i % 2 == 1) for i in range(count)]
-    prompts = [caption(scene, rng) for scene in scenes]
-    pictures = []
-    for start in range(0, count, 32):
-        part = prompts[start : start + 32]
-        pictures += list(
-            pipe(
-                part,
-                true_cfg_scale=true_cfg_scale,
-                negative_prompt=[""] * len(part) if true_cfg_scale > 1 else None,
-                num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(int(rng.integers(2**62))),
-                output_type="np",
-                progress=False,
-            ).images
-        )
-    pictures = (np.stack(pictures) * 255).round().astype(np.uint8)
-    if sheet is not None:
-        _sheet(pictures, sheet)
-    verdicts = [judge(picture) for picture in pictures]
-    pairs = list(zip(verdicts, scenes, strict=True))
-    figures = {
-        name: _mean([matches(v, s, (name,)) for v, s in pairs])
-        for name in ("shape", "colour", "background", "size", "position")
-    }
-    right = [matches(v, s) for v, s in pairs]
-    return figures | {
-        "all": _mean(right),
-        "seen": _mean(right[::2]),
-        "held_out": _mean(right[1::2]),
-    }
 
 
 def initialise(flux: Flux) -> None:
@@ -632,28 +456,3 @@ def initialise(flux: Flux) -> None:
             nn.init.zeros_(parameter)
         elif parameter.ndim == 2:
             nn.init.xavier_uniform_(parameter)
-
-
-def _to_tensor(pictures: np.ndarray) -> Tensor:
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
-
-
-def _to_pictures(x: Tensor) -> np.ndarray:
-    x = ((x.float().clamp(-1, 1) + 1) * 127.5).round()
-    return x.permute(0, 2, 3, 1).to(torch.uint8).numpy()  # [B, H, W, 3]
-
-
-def _sheet(pictures: np.ndarray, path: Path, columns: int = 8) -> None:
-    rows = -(-len(pictures) // columns)
-    side = pictures.shape[1] + 2
-    sheet = np.full((rows * side, columns * side, 3), 128, np.uint8)
-    for i, picture in enumerate(pictures):
-        top, left = i // columns * side, i % columns * side
-        sheet[top : top + side - 2, left : left + side - 2] = picture
-    unfinished = path.with_name(f".{path.name}")
-    Image.fromarray(sheet).save(unfinished, format="PNG")
-    os.replace(unfinished, path)
-
-
-def _mean(values: list) -> float:
-    return round(float(np.mean(values)), 4) if len(values) else 0.0

@@ -27,8 +27,8 @@ def get_noise(
 ) -> Tensor:
     """Draw the latents a picture starts from.
 
-    The numbers are drawn in `dtype` on the generator's own device and moved afterwards, so dtype and
-    device of the generator are part of what a seed means.
+    The numbers are drawn in `dtype` on the generator's own device and moved afterwards, so dtype
+    and device of the generator are part of what a seed means.
 
     Args:
         batch: number of pictures.
@@ -386,7 +386,7 @@ class Conditioning:
 
 @dataclass
 class Step:
-    """One finished Euler step; whoever is shown it may change `img` and `cond`, or stop the loop."""
+    """One finished Euler step; who is shown it may change `img` and `cond`, or stop the loop."""
 
     index: int
     timestep: Tensor  # 1000 sigma, as diffusers counts

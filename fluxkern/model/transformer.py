@@ -1,4 +1,4 @@
-"""The FLUX.1 transformer, built on `fluxkern.ops`. Parameters carry the names of BFL's checkpoints."""
+"""The FLUX.1 transformer, built on `fluxkern.ops`; parameters carry BFL's names."""
 
 from dataclasses import dataclass, replace
 
@@ -209,9 +209,7 @@ class DoubleStreamBlock(nn.Module):
         txt = self._close(txt, txt_attn, self.txt_attn, self.txt_mlp, txt_mod)
         return img, txt
 
-    def _qkv(
-        self, attn: SelfAttention, x: Tensor, mod: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+    def _qkv(self, attn: SelfAttention, x: Tensor, mod: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         shift1, scale1 = mod[:2]
         return _split_heads(_linear(ops.norm_modulate(x, scale1, shift1), attn.qkv), self.num_heads)
 
@@ -285,9 +283,7 @@ class Flux(nn.Module):
         self.vector_in = MLPEmbedder(config.vec_in_dim, hidden)
         if config.guidance_embed:
             self.guidance_in = MLPEmbedder(TIME_DIM, hidden)
-        self.double_blocks = nn.ModuleList(
-            DoubleStreamBlock(config) for _ in range(config.depth)
-        )
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(
             SingleStreamBlock(config) for _ in range(config.depth_single_blocks)
         )

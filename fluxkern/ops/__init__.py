@@ -1,4 +1,4 @@
-"""The ops of FLUX.1, each with its meaning in `fluxkern.reference` and its backends behind one call."""
+"""The ops of FLUX.1: meaning in `fluxkern.reference`, backends behind one call."""
 
 from ._dispatch import BACKENDS, Backend, Choice, explain, register
 from .attention import attention, attention_lse

@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops: each raises a ValueError that names the argument and both values."""
+"""Checks shared by the ops: each raises a ValueError that names the argument and both values."""
 
 from torch import Tensor
 
@@ -32,7 +32,9 @@ def floating(name: str, tensor: Tensor) -> None:
 
 def last_axis_contiguous(name: str, tensor: Tensor) -> None:
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"{name} must be contiguous on its last axis, got stride {tensor.stride(-1)}")
+        raise ValueError(
+            f"{name} must be contiguous on its last axis, got stride {tensor.stride(-1)}"
+        )
 
 
 def tokens(name: str, x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""How a backend is chosen: per op an ordered list of backends, each with a reason when it cannot run.
+"""How a backend is chosen: per op an ordered list, each with a reason when it cannot run.
 
 Nothing here imports a kernel: the file of an op registers its reference, and every other backend
 registers itself under the op's name.

@@ -1,4 +1,4 @@
-"""`gated_residual` and the `norm_modulate` that follows it, in one pass over the residual stream."""
+"""`gated_residual` and the `norm_modulate` that follows it, in one pass over the stream."""
 
 from torch import Tensor
 
@@ -50,9 +50,7 @@ def gated_residual_norm_modulate(
     _checks.same_tokens("y", y, "x", x)
     for name, vec in (("gate", gate), ("scale", scale), ("shift", shift)):
         _checks.row(name, vec, x)
-    return _dispatch.run(
-        "gated_residual_norm_modulate", backend, x, y, gate, scale, shift, eps
-    )
+    return _dispatch.run("gated_residual_norm_modulate", backend, x, y, gate, scale, shift, eps)
 
 
 def joint_gated_residual_norm_modulate(

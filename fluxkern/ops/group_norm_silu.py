@@ -45,5 +45,7 @@ def group_norm_silu(
         _checks.shape(name, vec, (x.shape[1],), "[C]")
         _checks.like(name, vec, "x", x)
     if num_groups < 1 or x.shape[1] % num_groups:
-        raise ValueError(f"num_groups must divide the channels of x, {x.shape[1]}, got {num_groups}")
+        raise ValueError(
+            f"num_groups must divide the channels of x, {x.shape[1]}, got {num_groups}"
+        )
     return _dispatch.run("group_norm_silu", backend, x, weight, bias, num_groups, eps)
