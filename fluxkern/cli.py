@@ -228,7 +228,7 @@ def _check_generate(args: argparse.Namespace) -> None:
         check_texts(option, ["" if value is None else value])
     for option, value in (("--height", args.height), ("--width", args.width)):
         if value is not None:
-            pipeline._check_size(option, value)
+            pipeline.check_size(option, value)
     counts = {
         "--steps": (args.steps, pipeline.MAX_STEPS),
         "--batch": (args.batch, None),
@@ -236,11 +236,11 @@ def _check_generate(args: argparse.Namespace) -> None:
     }
     for option, (value, most) in counts.items():
         if value is not None:
-            pipeline._check_count(option, value, most)
+            pipeline.check_count(option, value, most)
     scales = {"--true-cfg-scale": args.true_cfg_scale, "--guidance-scale": args.guidance_scale}
     for option, value in scales.items():
         if value is not None:
-            pipeline._check_finite(option, value)
+            pipeline.check_finite(option, value)
     if args.revision is not None and (args.model == "compact" or Path(args.model).exists()):
         raise ValueError(f"--revision needs a --model of the hub, got {args.model}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

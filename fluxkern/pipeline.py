@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxkern import checkpoint
-from fluxkern._files import read_json, write_json
-from fluxkern.model import sampling
-from fluxkern.model.autoencoder import AutoEncoder
-from fluxkern.model.sampling import Conditioning, Generators, ScheduleConfig, Step
-from fluxkern.model.text_encoder import T5_LIMIT, TextEncoder, check_texts
-from fluxkern.model.transformer import Flux
+from . import checkpoint
+from ._files import read_json, write_json
+from .model import sampling
+from .model.autoencoder import AutoEncoder
+from .model.sampling import Conditioning, Generators, ScheduleConfig, Step
+from .model.text_encoder import T5_LIMIT, TextEncoder, check_texts
+from .model.transformer import Flux
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,7 +88,7 @@ class FluxPipeline:
         for name, (found, wanted) in fits.items():
             if found != wanted:
                 raise ValueError(f"{name} must be {wanted}, got {found}")
-        _check_size("default_size", self.default_size)
+        check_size("default_size", self.default_size)
 
     @classmethod
     def from_pretrained(
@@ -253,17 +253,17 @@ class FluxPipeline:
         # 1. Check the arguments
         height = self.default_size if height is None else height
         width = self.default_size if width is None else width
-        _check_size("height", height)
-        _check_size("width", width)
-        _check_count("num_inference_steps", num_inference_steps, MAX_STEPS)
-        _check_count("num_images_per_prompt", num_images_per_prompt, None)
+        check_size("height", height)
+        check_size("width", width)
+        check_count("num_inference_steps", num_inference_steps, MAX_STEPS)
+        check_count("num_images_per_prompt", num_images_per_prompt, None)
         if max_sequence_length is not None:
-            _check_count("max_sequence_length", max_sequence_length, T5_LIMIT)
+            check_count("max_sequence_length", max_sequence_length, T5_LIMIT)
         _check_choice("output_type", output_type, OUTPUT_TYPES)
         for name in callback_on_step_end_tensor_inputs:
             _check_choice("callback_on_step_end_tensor_inputs", name, CALLBACK_TENSORS)
-        _check_finite("guidance_scale", guidance_scale)
-        _check_finite("true_cfg_scale", true_cfg_scale)
+        check_finite("guidance_scale", guidance_scale)
+        check_finite("true_cfg_scale", true_cfg_scale)
 
         # 2. Encode the prompts
         positive = _Prompt("", prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
@@ -400,7 +400,8 @@ def _as_list(name: str, texts: str | list[str]) -> list[str]:
     return texts
 
 
-def _check_size(name: str, pixels: int) -> None:
+def check_size(name: str, pixels: int) -> None:
+    """Refuses a height or width that no picture can have."""
     if type(pixels) is not int or not 0 < pixels <= MAX_SIZE or pixels % sampling.PATCH:
         raise ValueError(
             f"{name} must be a multiple of {sampling.PATCH} from {sampling.PATCH} to {MAX_SIZE}, "
@@ -408,7 +409,8 @@ def _check_size(name: str, pixels: int) -> None:
         )
 
 
-def _check_count(name: str, count: int, most: int | None) -> None:
+def check_count(name: str, count: int, most: int | None) -> None:
+    """Refuses what is no whole number from 1 to `most`."""
     if type(count) is not int or count < 1 or (most is not None and count > most):
         bounds = "at least 1" if most is None else f"from 1 to {most}"
         raise ValueError(f"{name} must be a whole number {bounds}, got {count!r:.80}")
@@ -419,7 +421,8 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be of {', '.join(choices)}, got {value!r:.80}")
 
 
-def _check_finite(name: str, value: float) -> None:
+def check_finite(name: str, value: float) -> None:
+    """Refuses what is no finite number."""
     if not isinstance(value, int | float) or not np.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r:.80}")
 
@@ -439,7 +442,7 @@ def _check_text_to_image(folder: Path) -> None:
 def _default_size(vae_config: dict[str, Any]) -> int:
     """FLUX.1 folders keep the size a checkpoint was made for in the autoencoder's config."""
     size = vae_config.get("sample_size", DEFAULT_SIZE)
-    _check_size("vae/config.json: sample_size", size)
+    check_size("vae/config.json: sample_size", size)
     return size
 
 

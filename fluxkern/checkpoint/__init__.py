@@ -1,7 +1,7 @@
 """Checkpoints: names and configurations in BFL's and diffusers' layouts; safetensors files only."""
 
-from fluxkern._files import read_json
-from fluxkern.checkpoint.configs import (
+from .._files import read_json
+from .configs import (
     autoencoder_config_from_diffusers,
     autoencoder_config_from_state,
     autoencoder_config_to_diffusers,
@@ -12,7 +12,7 @@ from fluxkern.checkpoint.configs import (
     require_text_to_image,
     variant,
 )
-from fluxkern.checkpoint.files import (
+from .files import (
     INDEX,
     convert,
     load_autoencoder,
@@ -23,7 +23,7 @@ from fluxkern.checkpoint.files import (
     save_flux,
     weights_hash,
 )
-from fluxkern.checkpoint.names import (
+from .names import (
     autoencoder_from_diffusers,
     autoencoder_to_diffusers,
     flux_from_diffusers,

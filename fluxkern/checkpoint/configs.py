@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxkern._files import read_json
-from fluxkern.checkpoint.names import count
-from fluxkern.model.autoencoder import AutoEncoderConfig
-from fluxkern.model.transformer import CONFIGS, FluxConfig
+from .._files import read_json
+from ..model.autoencoder import AutoEncoderConfig
+from ..model.transformer import CONFIGS, FluxConfig
+from .names import count
 
 FLUX_CLASS = "FluxTransformer2DModel"
 AUTOENCODER_CLASS = "AutoencoderKL"

@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fluxkern._files import check_link, read_json, read_weight_map, write_files, write_json
-from fluxkern.checkpoint import configs, names
-from fluxkern.checkpoint.names import ALL_ROWS, Piece
-from fluxkern.model.autoencoder import AutoEncoder
-from fluxkern.model.transformer import Flux
+from .._files import check_link, read_json, read_weight_map, write_files, write_json
+from ..model.autoencoder import AutoEncoder
+from ..model.transformer import Flux
+from . import configs, names
+from .names import ALL_ROWS, Piece
 
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import re
@@ -20,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxkern.compact.drawings import (
+from ..model.text_encoder import save_encoder
+from .drawings import (
     COLOURS,
     POSITIONS,
     SHAPES,
@@ -257,22 +257,8 @@ def save_text(folder: str | Path, clip: CLIPTextModel, t5: T5EncoderModel) -> No
     The tensors have the names of FLUX.1's files whatever transformers calls the parameters.
     """
     folder = Path(folder)
-    _replace_folder(folder / "text_encoder", lambda path: _write_encoder(clip, "text_model.", path))
-    _replace_folder(folder / "text_encoder_2", lambda path: _write_encoder(t5, "", path))
-
-
-def _write_encoder(encoder: CLIPTextModel | T5EncoderModel, prefix: str, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    config = copy.deepcopy(encoder.config)
-    config.architectures = [type(encoder).__name__]
-    config.dtype = str(encoder.dtype).removeprefix("torch.")
-    config.save_pretrained(str(folder))
-    tensors = {
-        prefix + name.removeprefix(prefix): parameter.detach().cpu().contiguous()
-        for name, parameter in encoder.named_parameters()  # T5's tied embedding once: shared.weight
-    }
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    _replace_folder(folder / "text_encoder", lambda path: save_encoder(clip, path))
+    _replace_folder(folder / "text_encoder_2", lambda path: save_encoder(t5, path))
 
 
 def load_text(folder: str | Path) -> tuple[CLIPTextModel, T5EncoderModel]:

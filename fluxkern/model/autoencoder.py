@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxkern import ops
+from .. import ops
 
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import textwrap
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fluxkern._files import read_json, read_weight_map
+from .._files import read_json, read_weight_map
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
@@ -161,8 +162,31 @@ class TextEncoder:
         folder = Path(folder)
         self.clip_tokenizer.save_pretrained(folder / "tokenizer")
         self.t5_tokenizer.save_pretrained(folder / "tokenizer_2")
-        self.clip.save_pretrained(folder / "text_encoder")
-        self.t5.save_pretrained(folder / "text_encoder_2")
+        save_encoder(self.clip, folder / "text_encoder")
+        save_encoder(self.t5, folder / "text_encoder_2")
+
+
+def save_encoder(encoder: Any, folder: Path) -> None:
+    """Write one encoder in its dtype, under FLUX.1's tensor names.
+
+    transformers' own `save_pretrained` names CLIP's tensors by what the encoder was loaded from.
+
+    Args:
+        encoder: a CLIPTextModel or a T5EncoderModel.
+        folder: made where it is not there.
+    """
+    from safetensors.torch import save_file
+
+    prefix = "text_model." if encoder.config.model_type == "clip_text_model" else ""
+    config = copy.deepcopy(encoder.config)
+    config.architectures = [type(encoder).__name__]
+    config.dtype = str(encoder.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    tensors = {
+        prefix + name.removeprefix(prefix): parameter.detach().cpu().contiguous()
+        for name, parameter in encoder.named_parameters()  # T5's tied embedding once: shared.weight
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def check_texts(name: str, texts: object) -> None:

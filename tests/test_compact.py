@@ -1,0 +1,96 @@
+"""The shipped compact checkpoint: what it draws, as the judge sees it, and in diffusers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fluxkern.compact.drawings import Scene
+from fluxkern.compact.evaluate import adherence, reconstruction
+from fluxkern.compact.judge import judge, matches
+from fluxkern.model.sampling import get_noise, pack
+from fluxkern.pipeline import COMPACT_WEIGHTS, FluxPipeline
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FluxPipeline:
+    return FluxPipeline.from_pretrained("compact")
+
+
+@pytest.fixture(scope="module")
+def figures(pipe: FluxPipeline, seed: int, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    sheet = tmp_path_factory.mktemp("compact") / "sheet.png"
+    figures = adherence(pipe, 64, seed, sheet)
+    print(f"seed {seed}: {figures}, pictures in {sheet}")
+    return figures
+
+
+def test_the_weights_take_at_most_16_mib() -> None:
+    files = [path for path in COMPACT_WEIGHTS.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
+    assert sum(path.stat().st_size for path in files) <= 16 * MIB
+
+
+def test_the_weights_are_half_precision() -> None:
+    from safetensors import safe_open
+
+    for path in COMPACT_WEIGHTS.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
+
+
+@pytest.mark.parametrize(("field", "share"), [("background", 0.95), ("colour", 0.75), ("all", 0.5)])
+def test_pictures_show_what_fresh_prompts_ask_for(figures: dict, field: str, share: float) -> None:
+    assert figures[field] >= share, figures
+
+
+def test_reconstructions_show_what_was_drawn(pipe: FluxPipeline, seed: int) -> None:
+    figures = reconstruction(pipe.vae, 200, seed)
+    assert figures["right"] >= 0.95, figures
+
+
+def test_the_demo_prompt_is_right_for_four_of_five_seeds(pipe: FluxPipeline) -> None:
+    scene = Scene("circle", "red", "medium", "centre", "blue")
+    generators = [torch.Generator().manual_seed(seed) for seed in range(5)]
+    pictures = pipe(
+        "a red circle on a blue background",
+        num_images_per_prompt=5,
+        true_cfg_scale=3.0,
+        num_inference_steps=16,
+        generator=generators,
+        output_type="np",
+        progress=False,
+    ).images
+    verdicts = [judge((picture * 255).round().astype(np.uint8)) for picture in pictures]
+    assert sum(matches(verdict, scene) for verdict in verdicts) >= 4, verdicts
+
+
+def test_diffusers_draws_the_same_picture_from_the_shipped_folder(
+    pipe: FluxPipeline, seed: int
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.FluxPipeline.from_pretrained(COMPACT_WEIGHTS, dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    noise = pack(get_noise(1, 128, 128, torch.float32, torch.Generator().manual_seed(seed)))
+    call = {
+        "prompt": "a small yellow star at the top left, on a purple background",
+        "negative_prompt": "",
+        "true_cfg_scale": 3.0,
+        "num_inference_steps": 8,
+        "height": 128,
+        "width": 128,
+        "max_sequence_length": 64,
+        "latents": noise,
+        "output_type": "np",
+    }
+    ours = pipe(**call, progress=False).images[0]
+    assert np.abs(ours - theirs(**call).images[0]).max() <= 1 / 255
+
+
+def test_the_model_card_stands_beside_the_weights() -> None:
+    card = (Path(COMPACT_WEIGHTS) / "README.md").read_text()
+    for words in ("Training data", "Training time", "Figures", "fluxkern train"):
+        assert words in card
