@@ -159,7 +159,9 @@ def test_schedule_falls_from_one_to_zero(num_steps, tokens, shift):
         assert len(sigmas) == num_steps + 1
         assert sigmas[0] == pytest.approx(1, abs=1e-6)
         assert sigmas[-1] == 0
-        assert (sigmas.diff() < 0).all()
+        assert (sigmas.diff() <= 0).all()
+        if tokens <= 16384:  # at more, the shift brings levels together to the last bit of fp32
+            assert (sigmas.diff() < 0).all()
 
 
 def test_schedule_refuses_no_steps():
