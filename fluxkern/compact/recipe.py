@@ -36,6 +36,8 @@ class FlowRecipe:
     learning_rate: float
     decay: float
     dropped_captions: float
+    early_steps: int
+    noise_mean: float
     evaluate_every: int
     dtype: str
 

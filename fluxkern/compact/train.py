@@ -33,7 +33,6 @@ from ..model.sampling import (
     get_txt_ids,
     pack,
     shift_mu,
-    time_shift,
 )
 from ..model.text_encoder import TextEncoder
 from ..model.transformer import CONFIGS, Flux
@@ -336,7 +335,7 @@ class Run:
         scenes, latents = self._latents()
         encode = partial(text.encode, self.clip, self.t5, self.tokenizers)
         halves = _Halves(self.flux, getattr(torch, recipe.dtype), encode)
-        mu = shift_mu(latents.shape[1])
+        mu = shift_mu(latents.shape[1])  # the shift of FLUX's own schedule
 
         def backward(step: int) -> float:
             rng = _chance(self.recipe, "flow", step)
@@ -345,7 +344,8 @@ class Run:
             noise = _torch_chance(rng)
             x0 = latents[torch.from_numpy(chosen)]
             x1 = torch.randn(x0.shape, generator=noise)
-            t = time_shift(mu, torch.randn(len(chosen), generator=noise).sigmoid())
+            mean = mu if step < recipe.early_steps else recipe.noise_mean
+            t = (mean + torch.randn(len(chosen), generator=noise)).sigmoid()
             img = torch.lerp(x0, x1, t[:, None, None])
             return halves.backward(captions, img, t, x1 - x0)
 
