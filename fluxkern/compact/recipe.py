@@ -38,6 +38,8 @@ class FlowRecipe:
     dropped_captions: float
     early_steps: int
     noise_mean: float
+    muon_from: int
+    muon_learning_rate: float
     evaluate_every: int
     dtype: str
 

@@ -59,30 +59,52 @@ def _torch_chance(rng: np.random.Generator) -> torch.Generator:
 
 @dataclass
 class Optimised:
-    """Parameters under training with AdamW, their running mean, and where their state is kept."""
+    """Parameters under training, their running mean, and where their state is kept.
+
+    AdamW moves all of them; from step `muon_from` on, Muon moves the matrices of the blocks.
+    """
 
     path: Path
     parameters: dict[str, nn.Parameter]
     learning_rate: float
     steps: int
     decay: float
+    muon_from: int | None = None
+    muon_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         self.step = 0
         self.mean = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=self.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-        )
+        rates, matrices = {"lr": self.learning_rate, "weight_decay": 0.01}, {}
+        if self.muon_from is not None:
+            matrices = {n: p for n, p in self.parameters.items() if p.ndim == 2 and "blocks." in n}
+        rest = [p for n, p in self.parameters.items() if n not in matrices]
+        self.adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), **rates)
+        self.optimizers: list[torch.optim.Optimizer] = [self.adamw]
+        if matrices:
+            self.early = torch.optim.AdamW(matrices.values(), betas=(0.9, 0.98), **rates)
+            rates["lr"] = self.muon_learning_rate
+            self.muon = torch.optim.Muon(matrices.values(), adjust_lr_fn="match_rms_adamw", **rates)
+            self.optimizers += [self.early, self.muon]
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["highest"] = group["lr"]
         if self.path.exists():
             self._load()
+
+    def _moving(self) -> list[torch.optim.Optimizer]:
+        if self.muon_from is None:
+            return self.optimizers
+        return [self.adamw, self.early if self.step < self.muon_from else self.muon]
 
     def update(self) -> None:
         """One step down the parameters' gradients, which are then cleared."""
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * self._schedule()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self._moving():
+            for group in optimizer.param_groups:
+                group["lr"] = group["highest"] * self._schedule()
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         keep = min(0.999, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -117,8 +139,9 @@ class Optimised:
         for name, p in self.parameters.items():
             tensors[f"parameter.{name}"] = p.detach().contiguous()
             tensors[f"mean.{name}"] = self.mean[name].contiguous()
-            for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"{key}.{name}"] = torch.as_tensor(value).contiguous()
+            for optimizer in self._moving():
+                for key, value in optimizer.state.get(p, {}).items():
+                    tensors[f"{key}.{name}"] = torch.as_tensor(value).contiguous()
         _save_tensors(self.path, tensors, {"step": str(self.step)})
 
     def _load(self) -> None:
@@ -127,9 +150,13 @@ class Optimised:
             self.step = int(file.metadata()["step"])
         self._assign({name: tensors[f"parameter.{name}"] for name in self.parameters})
         self.mean = {name: tensors[f"mean.{name}"] for name in self.parameters}
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        for name, p in self.parameters.items():
-            self.optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in keys}
+        for optimizer in self._moving():
+            of_muon = isinstance(optimizer, torch.optim.Muon)
+            keys = ("momentum_buffer",) if of_muon else ("step", "exp_avg", "exp_avg_sq")
+            moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            for name, p in self.parameters.items():
+                if id(p) in moved and f"{keys[0]}.{name}" in tensors:  # not there at the change
+                    optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in keys}
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -331,6 +358,8 @@ class Run:
             recipe.learning_rate,
             recipe.steps,
             recipe.decay,
+            recipe.muon_from,
+            recipe.muon_learning_rate,
         )
         scenes, latents = self._latents()
         encode = partial(text.encode, self.clip, self.t5, self.tokenizers)
