@@ -70,6 +70,79 @@ def joint_gated_residual_norm_modulate(
     return x_new, h
 
 
+def norm_modulate_backward(
+    dh: Tensor, x: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = F.layer_norm(x, x.shape[-1:], eps=eps)
+    rstd = (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    dn = dh * (1 + _rows(scale))
+    dx = rstd * (dn - dn.mean(-1, keepdim=True) - n * (dn * n).mean(-1, keepdim=True))
+    return dx, (dh * n).sum(1).view_as(scale), dh.sum(1).view_as(scale)
+
+
+def gated_residual_backward(dx_new: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return _rows(gate) * dx_new, (dx_new * y).sum(1).view_as(gate)  # dx is dx_new itself
+
+
+def gated_residual_norm_modulate_backward(
+    dx_new: Tensor,
+    dh: Tensor,
+    x_new: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dn, dscale, dshift = norm_modulate_backward(dh, x_new, scale, eps)
+    dx = dx_new + dn
+    return dx, *gated_residual_backward(dx, y, gate), dscale, dshift
+
+
+def joint_norm_modulate_backward(
+    dh: Tensor,
+    x: Tensor,
+    txt_scale: Tensor,
+    img_scale: Tensor,
+    txt_len: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, ...]:
+    txt = norm_modulate_backward(dh[:, :txt_len], x[:, :txt_len], txt_scale, eps)
+    img = norm_modulate_backward(dh[:, txt_len:], x[:, txt_len:], img_scale, eps)
+    return torch.cat((txt[0], img[0]), 1), *txt[1:], *img[1:]
+
+
+def joint_gated_residual_backward(
+    dx_new: Tensor, y: Tensor, txt_gate: Tensor, img_gate: Tensor, txt_len: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    txt = gated_residual_backward(dx_new[:, :txt_len], y[:, :txt_len], txt_gate)
+    img = gated_residual_backward(dx_new[:, txt_len:], y[:, txt_len:], img_gate)
+    return torch.cat((txt[0], img[0]), 1), txt[1], img[1]
+
+
+def joint_gated_residual_norm_modulate_backward(
+    dx_new: Tensor,
+    dh: Tensor,
+    x_new: Tensor,
+    y: Tensor,
+    txt_gate: Tensor,
+    txt_scale: Tensor,
+    img_gate: Tensor,
+    img_scale: Tensor,
+    txt_len: int,
+    eps: float = 1e-6,
+) -> tuple[Tensor, ...]:
+    txt, img = (
+        gated_residual_norm_modulate_backward(
+            *(t[:, rows] for t in (dx_new, dh, x_new, y)), gate, scale, eps
+        )
+        for rows, gate, scale in (
+            (slice(None, txt_len), txt_gate, txt_scale),
+            (slice(txt_len, None), img_gate, img_scale),
+        )
+    )
+    return torch.cat((txt[0], img[0]), 1), torch.cat((txt[1], img[1]), 1), *txt[2:], *img[2:]
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B, L, H, D/2]
     cos, sin = (

@@ -8,6 +8,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which they are tried
 
 
@@ -52,6 +55,45 @@ def register(op: str, backend: Backend) -> None:
     if backend.name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend.name!r}")
     _registry.setdefault(op, {})[backend.name] = backend
+
+
+LIBRARY = torch.library.Library("fluxkern", "DEF")
+
+
+def define(schema: str, reference: Callable, fake: Callable) -> Callable:
+    """Makes the torch op `fluxkern::<name>` of an op, which chooses its backend when it runs.
+
+    Args:
+        schema: as torch writes it; the last argument is `str? backend`.
+        reference: the op's meaning, the backend that is always there.
+        fake: called with the same arguments, gives outputs of the right shapes without values.
+
+    Returns:
+        The op, to be called with all arguments. It has no gradient of its own.
+    """
+    name = schema.partition("(")[0]
+
+    def kernel(*args: object) -> object:
+        return run(name, args[-1], *args[:-1])
+
+    def contiguous_reference(*args: object) -> object:  # strides as those of the fake
+        out = reference(*args)
+        return out.contiguous() if isinstance(out, Tensor) else tuple(t.contiguous() for t in out)
+
+    register(name, Backend("reference", contiguous_reference))
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fluxkern::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.fluxkern, name).default
+
+
+def empty_like_each(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous tensors of these shapes, dtypes and devices, without values."""
+    return tuple(t.new_empty(t.shape) for t in tensors)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _default_backend() -> str | None:

@@ -1,14 +1,62 @@
 """The gated residual that closes every attention and MLP."""
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from . import _checks, _dispatch
 
-_dispatch.register("gated_residual", _dispatch.Backend("reference", reference.gated_residual))
-_dispatch.register(
-    "joint_gated_residual", _dispatch.Backend("reference", reference.joint_gated_residual)
+_forward = _dispatch.define(
+    "gated_residual(Tensor x, Tensor y, Tensor gate, str? backend) -> Tensor",
+    reference.gated_residual,
+    lambda x, *_: x.new_empty(x.shape),
 )
+_backward = _dispatch.define(
+    "gated_residual_backward(Tensor dx_new, Tensor y, Tensor gate, str? backend)"
+    " -> (Tensor, Tensor)",
+    reference.gated_residual_backward,
+    lambda dx_new, y, gate, _: _dispatch.empty_like_each(y, gate),
+)
+_joint_forward = _dispatch.define(
+    "joint_gated_residual(Tensor x, Tensor y, Tensor txt_gate, Tensor img_gate, int txt_len,"
+    " str? backend) -> Tensor",
+    reference.joint_gated_residual,
+    lambda x, *_: x.new_empty(x.shape),
+)
+_joint_backward = _dispatch.define(
+    "joint_gated_residual_backward(Tensor dx_new, Tensor y, Tensor txt_gate, Tensor img_gate,"
+    " int txt_len, str? backend) -> (Tensor, Tensor, Tensor)",
+    reference.joint_gated_residual_backward,
+    lambda dx_new, y, txt_gate, img_gate, *_: _dispatch.empty_like_each(y, txt_gate, img_gate),
+)
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, gate, backend):
+        ctx.save_for_backward(y, gate)
+        ctx.backend = backend
+        return _forward(x, y, gate, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_new):
+        return dx_new, *_backward(dx_new, *ctx.saved_tensors, ctx.backend), None
+
+
+class _JointGatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, txt_gate, img_gate, txt_len, backend):
+        ctx.save_for_backward(y, txt_gate, img_gate)
+        ctx.settings = txt_len, backend
+        return _joint_forward(x, y, txt_gate, img_gate, txt_len, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_new):
+        grads = _joint_backward(dx_new, *ctx.saved_tensors, *ctx.settings)
+        return dx_new, *grads, None, None
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
@@ -35,7 +83,9 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = 
     _checks.tokens("x", x)
     _checks.same_tokens("y", y, "x", x)
     _checks.row("gate", gate, x)
-    return _dispatch.run("gated_residual", backend, x, y, gate)
+    if _dispatch.needs_gradient(x, y, gate):
+        return _GatedResidual.apply(x, y, gate, backend)
+    return _forward(x, y, gate, backend)
 
 
 def joint_gated_residual(
@@ -71,4 +121,6 @@ def joint_gated_residual(
     _checks.row("txt_gate", txt_gate, x)
     _checks.row("img_gate", img_gate, x)
     _checks.txt_len(txt_len, x.shape[1])
-    return _dispatch.run("joint_gated_residual", backend, x, y, txt_gate, img_gate, txt_len)
+    if _dispatch.needs_gradient(x, y, txt_gate, img_gate):
+        return _JointGatedResidual.apply(x, y, txt_gate, img_gate, txt_len, backend)
+    return _joint_forward(x, y, txt_gate, img_gate, txt_len, backend)

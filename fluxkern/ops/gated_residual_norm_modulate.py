@@ -1,18 +1,88 @@
 """`gated_residual` and the `norm_modulate` that follows it, in one pass over the stream."""
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from . import _checks, _dispatch
 
-_dispatch.register(
-    "gated_residual_norm_modulate",
-    _dispatch.Backend("reference", reference.gated_residual_norm_modulate),
+_forward = _dispatch.define(
+    "gated_residual_norm_modulate(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift,"
+    " float eps, str? backend) -> (Tensor, Tensor)",
+    reference.gated_residual_norm_modulate,
+    lambda x, *_: _dispatch.empty_like_each(x, x),
 )
-_dispatch.register(
-    "joint_gated_residual_norm_modulate",
-    _dispatch.Backend("reference", reference.joint_gated_residual_norm_modulate),
+_backward = _dispatch.define(
+    "gated_residual_norm_modulate_backward(Tensor dx_new, Tensor dh, Tensor x_new, Tensor y,"
+    " Tensor gate, Tensor scale, float eps, str? backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.gated_residual_norm_modulate_backward,
+    lambda dx_new, dh, x_new, y, gate, scale, *_: _dispatch.empty_like_each(
+        x_new, y, gate, scale, scale
+    ),
 )
+_joint_forward = _dispatch.define(
+    "joint_gated_residual_norm_modulate(Tensor x, Tensor y, Tensor txt_gate, Tensor txt_scale,"
+    " Tensor txt_shift, Tensor img_gate, Tensor img_scale, Tensor img_shift, int txt_len,"
+    " float eps, str? backend) -> (Tensor, Tensor)",
+    reference.joint_gated_residual_norm_modulate,
+    lambda x, *_: _dispatch.empty_like_each(x, x),
+)
+_joint_backward = _dispatch.define(
+    "joint_gated_residual_norm_modulate_backward(Tensor dx_new, Tensor dh, Tensor x_new, Tensor y,"
+    " Tensor txt_gate, Tensor txt_scale, Tensor img_gate, Tensor img_scale, int txt_len,"
+    " float eps, str? backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.joint_gated_residual_norm_modulate_backward,
+    lambda dx_new, dh, x_new, y, txt_gate, txt_scale, img_gate, img_scale, *_: (
+        _dispatch.empty_like_each(
+            x_new, y, txt_gate, txt_scale, txt_scale, img_gate, img_scale, img_scale
+        )
+    ),
+)
+
+
+class _GatedResidualNormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, gate, scale, shift, eps, backend):
+        x_new, h = _forward(x, y, gate, scale, shift, eps, backend)
+        ctx.save_for_backward(x_new, y, gate, scale)
+        ctx.settings = eps, backend
+        return x_new, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_new, dh):
+        return *_backward(dx_new, dh, *ctx.saved_tensors, *ctx.settings), None, None
+
+
+class _JointGatedResidualNormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        y,
+        txt_gate,
+        txt_scale,
+        txt_shift,
+        img_gate,
+        img_scale,
+        img_shift,
+        txt_len,
+        eps,
+        backend,
+    ):
+        txt, img = (txt_gate, txt_scale, txt_shift), (img_gate, img_scale, img_shift)
+        x_new, h = _joint_forward(x, y, *txt, *img, txt_len, eps, backend)
+        ctx.save_for_backward(x_new, y, *txt[:2], *img[:2])
+        ctx.settings = txt_len, eps, backend
+        return x_new, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_new, dh):
+        return *_joint_backward(dx_new, dh, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
 def gated_residual_norm_modulate(
@@ -50,7 +120,10 @@ def gated_residual_norm_modulate(
     _checks.same_tokens("y", y, "x", x)
     for name, vec in (("gate", gate), ("scale", scale), ("shift", shift)):
         _checks.row(name, vec, x)
-    return _dispatch.run("gated_residual_norm_modulate", backend, x, y, gate, scale, shift, eps)
+    args = (x, y, gate, scale, shift)
+    if _dispatch.needs_gradient(*args):
+        return _GatedResidualNormModulate.apply(*args, eps, backend)
+    return _forward(*args, eps, backend)
 
 
 def joint_gated_residual_norm_modulate(
@@ -100,17 +173,7 @@ def joint_gated_residual_norm_modulate(
     ):
         _checks.row(name, vec, x)
     _checks.txt_len(txt_len, x.shape[1])
-    return _dispatch.run(
-        "joint_gated_residual_norm_modulate",
-        backend,
-        x,
-        y,
-        txt_gate,
-        txt_scale,
-        txt_shift,
-        img_gate,
-        img_scale,
-        img_shift,
-        txt_len,
-        eps,
-    )
+    args = (x, y, txt_gate, txt_scale, txt_shift, img_gate, img_scale, img_shift)
+    if _dispatch.needs_gradient(*args):
+        return _JointGatedResidualNormModulate.apply(*args, txt_len, eps, backend)
+    return _joint_forward(*args, txt_len, eps, backend)

@@ -1,14 +1,67 @@
 """LayerNorm, scale and shift: adaLN's entry to every attention and MLP."""
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from . import _checks, _dispatch
 
-_dispatch.register("norm_modulate", _dispatch.Backend("reference", reference.norm_modulate))
-_dispatch.register(
-    "joint_norm_modulate", _dispatch.Backend("reference", reference.joint_norm_modulate)
+
+def _like_x(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_forward = _dispatch.define(
+    "norm_modulate(Tensor x, Tensor scale, Tensor shift, float eps, str? backend) -> Tensor",
+    reference.norm_modulate,
+    _like_x,
 )
+_backward = _dispatch.define(
+    "norm_modulate_backward(Tensor dh, Tensor x, Tensor scale, float eps, str? backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.norm_modulate_backward,
+    lambda dh, x, scale, *_: _dispatch.empty_like_each(x, scale, scale),
+)
+_joint_forward = _dispatch.define(
+    "joint_norm_modulate(Tensor x, Tensor txt_scale, Tensor txt_shift, Tensor img_scale,"
+    " Tensor img_shift, int txt_len, float eps, str? backend) -> Tensor",
+    reference.joint_norm_modulate,
+    _like_x,
+)
+_joint_backward = _dispatch.define(
+    "joint_norm_modulate_backward(Tensor dh, Tensor x, Tensor txt_scale, Tensor img_scale,"
+    " int txt_len, float eps, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.joint_norm_modulate_backward,
+    lambda dh, x, txt, img, *_: _dispatch.empty_like_each(x, txt, txt, img, img),
+)
+
+
+class _NormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, shift, eps, backend):
+        ctx.save_for_backward(x, scale)
+        ctx.settings = eps, backend
+        return _forward(x, scale, shift, eps, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh):
+        x, scale = ctx.saved_tensors
+        return *_backward(dh, x, scale, *ctx.settings), None, None
+
+
+class _JointNormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, txt_scale, txt_shift, img_scale, img_shift, txt_len, eps, backend):
+        ctx.save_for_backward(x, txt_scale, img_scale)
+        ctx.settings = txt_len, eps, backend
+        return _joint_forward(x, txt_scale, txt_shift, img_scale, img_shift, txt_len, eps, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh):
+        return *_joint_backward(dh, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
 def norm_modulate(
@@ -39,7 +92,9 @@ def norm_modulate(
     _checks.tokens("x", x)
     _checks.row("scale", scale, x)
     _checks.row("shift", shift, x)
-    return _dispatch.run("norm_modulate", backend, x, scale, shift, eps)
+    if _dispatch.needs_gradient(x, scale, shift):
+        return _NormModulate.apply(x, scale, shift, eps, backend)
+    return _forward(x, scale, shift, eps, backend)
 
 
 def joint_norm_modulate(
@@ -82,14 +137,7 @@ def joint_norm_modulate(
     ):
         _checks.row(name, vec, x)
     _checks.txt_len(txt_len, x.shape[1])
-    return _dispatch.run(
-        "joint_norm_modulate",
-        backend,
-        x,
-        txt_scale,
-        txt_shift,
-        img_scale,
-        img_shift,
-        txt_len,
-        eps,
-    )
+    args = (x, txt_scale, txt_shift, img_scale, img_shift)
+    if _dispatch.needs_gradient(*args):
+        return _JointNormModulate.apply(*args, txt_len, eps, backend)
+    return _joint_forward(*args, txt_len, eps, backend)
