@@ -27,7 +27,7 @@ import fluxkern
 from fluxkern import checkpoint
 from fluxkern.cli import main
 from fluxkern.compact import train
-from fluxkern.compact.recipe import RECIPE
+from fluxkern.compact.recipe import RECIPE, Recipe
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -612,3 +612,25 @@ def test_an_interrupted_training_says_how_it_goes_on(fluxkern_at, tmp_path):
     assert (code, out) == (130, "")
     last = err.splitlines()[-1]
     assert last == "fluxkern: interrupted; the same command goes on from there"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_asked_to_stop_saves_the_step_it_is_in(tmp_path, number):
+    write_recipe(tmp_path / "recipe.toml")
+    run = train.Run(tmp_path / "run", Recipe.from_file(tmp_path / "recipe.toml"))
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimised = train.Optimised(tmp_path / "state.safetensors", {"w": weight}, 0.1, 10, 0.5)
+
+    def backward(step):
+        weight.grad = torch.ones(2)
+        if step == 3:
+            signal.raise_signal(number)
+        return 1.0
+
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        run._fit("stage", optimised, backward, dict, 100)
+    assert signal.getsignal(number) == before
+    with safe_open(tmp_path / "state.safetensors", "pt") as state:
+        assert state.metadata()["step"] == "4"
+        assert torch.equal(state.get_tensor("parameter.w"), weight)

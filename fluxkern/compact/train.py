@@ -8,7 +8,10 @@ step), so a run that was stopped and resumed is the run that was not.
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -163,6 +166,28 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     write_files(path.parent, {path.name: lambda file: save_file(tensors, file, metadata)})
 
 
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """Gives a list that a first Ctrl-C or SIGTERM fills; a second one does what it always does."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # signals reach the main thread alone
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Run:
     """One training run in one folder.
 
@@ -220,21 +245,25 @@ class Run:
         `backward(step)` leaves the gradients of that step's loss in the parameters and returns it.
         """
         bar = tqdm(total=optimised.steps, initial=optimised.step, desc=stage, dynamic_ncols=True)
-        saved, recent, figures = time.monotonic(), [], {}
-        while optimised.step < optimised.steps:
-            recent.append(backward(optimised.step))
-            optimised.update()
-            bar.update()
-            if optimised.step % evaluate_every == 0 or optimised.step == optimised.steps:
-                with optimised.averaged(), torch.no_grad():
-                    figures = evaluate()
-                self.log(stage=stage, step=optimised.step, loss=mean(recent), **figures)
-            if optimised.step % 20 == 0:
-                bar.set_postfix(loss=f"{mean(recent[-100:]):.4f}", **figures)
-            if time.monotonic() - saved > SAVE_EVERY or optimised.step == optimised.steps:
-                optimised.save()
-                saved, recent = time.monotonic(), recent[-100:]
-        bar.close()
+        saved, losses, figures = time.monotonic(), deque(maxlen=100), {}
+        with bar, _asked_to_stop() as asked:
+            while optimised.step < optimised.steps:
+                losses.append(backward(optimised.step))
+                optimised.update()
+                bar.update()
+                done = optimised.step == optimised.steps
+                if optimised.step % evaluate_every == 0 or done:
+                    with optimised.averaged(), torch.no_grad():
+                        figures = evaluate()
+                    self.log(stage=stage, step=optimised.step, loss=mean(losses), **figures)
+                if optimised.step % 20 == 0:
+                    shown = {name: figures[name] for name in ("right", "all") if name in figures}
+                    bar.set_postfix(loss=f"{mean(losses):.4f}", **shown)
+                if asked or done or time.monotonic() - saved > SAVE_EVERY:
+                    optimised.save()
+                    saved = time.monotonic()
+                if asked:
+                    raise KeyboardInterrupt
         optimised.keep_mean()
 
     def _pictures(self, count: int) -> tuple[list[Scene], np.ndarray]:
