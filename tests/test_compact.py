@@ -13,6 +13,7 @@ from fluxkern.model.sampling import get_noise, pack
 from fluxkern.pipeline import COMPACT_WEIGHTS, FluxPipeline
 
 MIB = 2**20
+COUNT = 64  # pictures; a sample refutes a share when it would be this low in 1 % of cases or less
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def pipe() -> FluxPipeline:
 @pytest.fixture(scope="module")
 def figures(pipe: FluxPipeline, seed: int, tmp_path_factory: pytest.TempPathFactory) -> dict:
     sheet = tmp_path_factory.mktemp("compact") / "sheet.png"
-    figures = adherence(pipe, 64, seed, sheet)
+    figures = adherence(pipe, COUNT, seed, sheet)
     print(f"seed {seed}: {figures}, pictures in {sheet}")
     return figures
 
@@ -44,7 +45,7 @@ def test_the_weights_are_half_precision() -> None:
 
 @pytest.mark.parametrize(("field", "share"), [("background", 0.95), ("colour", 0.75), ("all", 0.5)])
 def test_pictures_show_what_fresh_prompts_ask_for(figures: dict, field: str, share: float) -> None:
-    assert figures[field] >= share, figures
+    assert figures[field] >= share - 2.33 * (share * (1 - share) / COUNT) ** 0.5, figures
 
 
 def test_reconstructions_show_what_was_drawn(pipe: FluxPipeline, seed: int) -> None:
