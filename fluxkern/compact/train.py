@@ -445,7 +445,7 @@ class _Halves:
         middle = len(captions) // 2
         halves = (captions[:middle], captions[middle:])
         tensors = (tensor.tensor_split([middle]) for tensor in (img, t, target))
-        with sdpa_kernel(SDPBackend.MATH):  # in bf16 at this size 10 times the flash kernel
+        with sdpa_kernel(SDPBackend.MATH):  # one core, bf16: 1.2 s a step, flash 1.4
             losses = list(self.threads.map(self._half, self.copies, halves, *tensors))
         share = [len(half) / len(captions) for half in halves]
         copies = zip(*(copy.parameters() for copy in self.copies), strict=True)
