@@ -13,7 +13,7 @@ from fluxkern.model.sampling import get_noise, pack
 from fluxkern.pipeline import COMPACT_WEIGHTS, FluxPipeline
 
 MIB = 2**20
-COUNT = 64  # pictures; a sample refutes a share when it would be this low in 1 % of cases or less
+COUNT = 64  # pictures
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,16 @@ def test_the_weights_are_half_precision() -> None:
             assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
 
 
-@pytest.mark.parametrize(("field", "share"), [("background", 0.95), ("colour", 0.75), ("all", 0.5)])
-def test_pictures_show_what_fresh_prompts_ask_for(figures: dict, field: str, share: float) -> None:
-    assert figures[field] >= share - 2.33 * (share * (1 - share) / COUNT) ** 0.5, figures
+@pytest.mark.parametrize(("field", "share"), [("background", 0.95), ("colour", 0.75)])
+def test_pictures_have_the_colours_that_fresh_prompts_ask_for(
+    figures: dict, field: str, share: float
+) -> None:
+    assert figures[field] >= share, figures
+
+
+def test_pictures_have_not_lost_the_shapes_of_the_model_card(figures: dict) -> None:
+    # a guard, no proof of a share: the card's 0.51 less 2.33 standard errors of a sample
+    assert figures["all"] >= 0.51 - 2.33 * (0.51 * 0.49 / COUNT) ** 0.5, figures
 
 
 def test_reconstructions_show_what_was_drawn(pipe: FluxPipeline, seed: int) -> None:
