@@ -510,7 +510,6 @@ def test_convert_refuses_what_is_no_checkpoint_and_leaves_nothing(fluxkern_at, t
 # train
 
 SMALLEST = {"pictures": 4, "steps": 2, "batch_size": 2, "evaluate_every": 100}
-SMALLEST |= {"early_steps": 1, "muon_from": 1}
 
 
 def write_recipe(path, seed=1):

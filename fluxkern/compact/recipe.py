@@ -36,9 +36,7 @@ class FlowRecipe:
     learning_rate: float
     decay: float
     dropped_captions: float
-    early_steps: int
     noise_mean: float
-    muon_from: int
     muon_learning_rate: float
     evaluate_every: int
     dtype: str

@@ -35,7 +35,6 @@ from ..model.sampling import (
     get_img_ids,
     get_txt_ids,
     pack,
-    shift_mu,
 )
 from ..model.text_encoder import TextEncoder
 from ..model.transformer import CONFIGS, Flux
@@ -64,7 +63,7 @@ def _torch_chance(rng: np.random.Generator) -> torch.Generator:
 class Optimised:
     """Parameters under training, their running mean, and where their state is kept.
 
-    AdamW moves all of them; from step `muon_from` on, Muon moves the matrices of the blocks.
+    AdamW moves all of them, but the matrices of the blocks where Muon has a learning rate.
     """
 
     path: Path
@@ -72,38 +71,32 @@ class Optimised:
     learning_rate: float
     steps: int
     decay: float
-    muon_from: int | None = None
-    muon_learning_rate: float = 0.0
+    muon_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         self.step = 0
         self.mean = {name: p.detach().clone() for name, p in self.parameters.items()}
         rates, matrices = {"lr": self.learning_rate, "weight_decay": 0.01}, {}
-        if self.muon_from is not None:
+        if self.muon_learning_rate is not None:
             matrices = {n: p for n, p in self.parameters.items() if p.ndim == 2 and "blocks." in n}
         rest = [p for n, p in self.parameters.items() if n not in matrices]
-        self.adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), **rates)
-        self.optimizers: list[torch.optim.Optimizer] = [self.adamw]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, betas=(0.9, 0.98), **rates)
+        ]
         if matrices:
-            self.early = torch.optim.AdamW(matrices.values(), betas=(0.9, 0.98), **rates)
             rates["lr"] = self.muon_learning_rate
-            self.muon = torch.optim.Muon(matrices.values(), adjust_lr_fn="match_rms_adamw", **rates)
-            self.optimizers += [self.early, self.muon]
+            muon = torch.optim.Muon(matrices.values(), adjust_lr_fn="match_rms_adamw", **rates)
+            self.optimizers.append(muon)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["highest"] = group["lr"]
         if self.path.exists():
             self._load()
 
-    def _moving(self) -> list[torch.optim.Optimizer]:
-        if self.muon_from is None:
-            return self.optimizers
-        return [self.adamw, self.early if self.step < self.muon_from else self.muon]
-
     def update(self) -> None:
         """One step down the parameters' gradients, which are then cleared."""
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        for optimizer in self._moving():
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["highest"] * self._schedule()
             optimizer.step()
@@ -142,7 +135,7 @@ class Optimised:
         for name, p in self.parameters.items():
             tensors[f"parameter.{name}"] = p.detach().contiguous()
             tensors[f"mean.{name}"] = self.mean[name].contiguous()
-            for optimizer in self._moving():
+            for optimizer in self.optimizers:
                 for key, value in optimizer.state.get(p, {}).items():
                     tensors[f"{key}.{name}"] = torch.as_tensor(value).contiguous()
         _save_tensors(self.path, tensors, {"step": str(self.step)})
@@ -153,12 +146,12 @@ class Optimised:
             self.step = int(file.metadata()["step"])
         self._assign({name: tensors[f"parameter.{name}"] for name in self.parameters})
         self.mean = {name: tensors[f"mean.{name}"] for name in self.parameters}
-        for optimizer in self._moving():
+        for optimizer in self.optimizers:
             of_muon = isinstance(optimizer, torch.optim.Muon)
             keys = ("momentum_buffer",) if of_muon else ("step", "exp_avg", "exp_avg_sq")
             moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for name, p in self.parameters.items():
-                if id(p) in moved and f"{keys[0]}.{name}" in tensors:  # not there at the change
+                if id(p) in moved:
                     optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in keys}
 
 
@@ -387,13 +380,11 @@ class Run:
             recipe.learning_rate,
             recipe.steps,
             recipe.decay,
-            recipe.muon_from,
             recipe.muon_learning_rate,
         )
         scenes, latents = self._latents()
         encode = partial(text.encode, self.clip, self.t5, self.tokenizers)
         halves = _Halves(self.flux, getattr(torch, recipe.dtype), encode)
-        mu = shift_mu(latents.shape[1])  # the shift of FLUX's own schedule
 
         def backward(step: int) -> float:
             rng = _chance(self.recipe, "flow", step)
@@ -402,8 +393,7 @@ class Run:
             noise = _torch_chance(rng)
             x0 = latents[torch.from_numpy(chosen)]
             x1 = torch.randn(x0.shape, generator=noise)
-            mean = mu if step < recipe.early_steps else recipe.noise_mean
-            t = (mean + torch.randn(len(chosen), generator=noise)).sigmoid()
+            t = (recipe.noise_mean + torch.randn(len(chosen), generator=noise)).sigmoid()
             img = torch.lerp(x0, x1, t[:, None, None])
             return halves.backward(captions, img, t, x1 - x0)
 
