@@ -166,6 +166,33 @@ def qk_norm_rope(
     return rope(q, cos, sin), rope(k, cos, sin)
 
 
+def _norm_rope_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    dn = rope(dy, cos, -sin)  # the rotation back
+    r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    n = x * r
+    g = dn * weight
+    dx = r * (g - n * (g * n).mean(-1, keepdim=True))
+    return dx, (dn * n).sum((0, 1, 2))
+
+
+def qk_norm_rope_backward(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dq_weight = _norm_rope_backward(dq_out, q, q_weight, cos, sin, eps)
+    dk, dk_weight = _norm_rope_backward(dk_out, k, k_weight, cos, sin, eps)
+    return dq, dk, dq_weight, dk_weight
+
+
 def joint_qk_norm_rope(
     txt_q: Tensor,
     txt_k: Tensor,
@@ -189,6 +216,31 @@ def joint_qk_norm_rope(
         torch.cat((txt[1], img[1]), 1),
         torch.cat((txt_v, img_v), 1),
     )
+
+
+def joint_qk_norm_rope_backward(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    txt_q: Tensor,
+    txt_k: Tensor,
+    img_q: Tensor,
+    img_k: Tensor,
+    txt_q_weight: Tensor,
+    txt_k_weight: Tensor,
+    img_q_weight: Tensor,
+    img_k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, ...]:
+    txt, img = (
+        qk_norm_rope_backward(dq_out[:, rows], dk_out[:, rows], *inputs, cos[rows], sin[rows], eps)
+        for rows, inputs in (
+            (slice(None, txt_q.shape[1]), (txt_q, txt_k, txt_q_weight, txt_k_weight)),
+            (slice(txt_q.shape[1], None), (img_q, img_k, img_q_weight, img_k_weight)),
+        )
+    )
+    return *txt[:2], *img[:2], *txt[2:], *img[2:]
 
 
 def qk_norm_rope_(
@@ -227,6 +279,19 @@ def attention_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.to(q.dtype), lse.transpose(1, 2)
 
 
+def attention_backward(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5
+    dout, q, k, v, out = (t.to(lse.dtype) for t in (dout, q, k, v, out))
+    p = torch.exp(torch.einsum("blhd,bmhd->blhm", q, k) * scale - lse[..., None])
+    dp = torch.einsum("blhd,bmhd->blhm", dout, v)
+    ds = p * (dp - (dout * out).sum(-1, keepdim=True) + dlse[..., None]) * scale
+    dq = torch.einsum("blhm,bmhd->blhd", ds, k)
+    dk = torch.einsum("blhm,blhd->bmhd", ds, q)
+    return dq.to(dtype), dk.to(dtype), torch.einsum("blhm,blhd->bmhd", p, dout).to(dtype)
+
+
 def rope_attention(
     q: Tensor,
     k: Tensor,
@@ -245,6 +310,13 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def gelu_tanh_backward(dy: Tensor, x: Tensor) -> Tensor:
+    c = math.sqrt(2 / math.pi)
+    th = torch.tanh(c * (x + 0.044715 * x * x * x))
+    slope = 0.5 * (1 + th) + 0.5 * x * (1 - th * th) * c * (1 + 3 * 0.044715 * x * x)
+    return dy * slope
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
     out = F.linear(x, weight, bias)
     return gelu_tanh(out) if activation == "gelu_tanh" else out
@@ -258,6 +330,20 @@ def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6
 ) -> Tensor:
     return F.silu(F.group_norm(x, num_groups, weight, bias, eps))
+
+
+def group_norm_silu_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    grouped = x.unflatten(1, (num_groups, -1))  # [B, G, C/G, H, W]
+    rstd = (grouped.var((2, 3, 4), correction=0, keepdim=True) + eps).rsqrt()
+    n = (grouped - grouped.mean((2, 3, 4), keepdim=True)) * rstd
+    z = n.flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
+    dz = dy * z.sigmoid() * (1 + z * (1 - z.sigmoid()))
+    dn = (dz * weight[:, None, None]).unflatten(1, (num_groups, -1))
+    mean_dn, mean_dn_n = (t.mean((2, 3, 4), keepdim=True) for t in (dn, dn * n))
+    dx = rstd * (dn - mean_dn - n * mean_dn_n)
+    return dx.flatten(1, 2), (dz * n.flatten(1, 2)).sum((0, 2, 3)), dz.sum((0, 2, 3))
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

@@ -1,17 +1,33 @@
 """How a backend is chosen: per op an ordered list, each with a reason when it cannot run.
 
-Nothing here imports a kernel: the file of an op registers its reference, and every other backend
-registers itself under the op's name.
+The only file that knows which backends exist. `define` registers an op with its reference; every
+other backend is looked for by the op's name when it is first asked for. A kernel takes the op's
+arguments and, after them, the outputs it writes: `torch.ops.fluxkern_cpu.<op>` in `_C_cpu`,
+`torch.ops.fluxkern_cuda.<op>` in `_C_cuda`, the function `<op>` of `fluxkern/kernels/` for Triton.
 """
 
+import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which they are tried
+NAMED_ONLY = ("cuda-host",)  # the CUDA sources run on a CPU, for tests
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of every kernel
+_PACKAGE = Path(__file__).parents[1]
+_OBJECTS = {  # backend -> compiled object, library of its ops, device of its tensors
+    "cpu": ("_C_cpu", "fluxkern_cpu", "cpu"),
+    "cuda": ("_C_cuda", "fluxkern_cuda", "cuda"),
+    "cuda-host": ("_C_cuda_host", "fluxkern_cuda_host", "cpu"),
+}
 
 
 def _runs_anywhere(*args: object) -> str | None:
@@ -27,11 +43,13 @@ class Backend:
         run: called with the op's checked arguments.
         unsupported: called with the same arguments, or with none to ask about the machine alone;
             returns None, or the reason why `run` cannot take them.
+        only_named: a reason why it does not run unless a call names it, if there is one.
     """
 
     name: str
     run: Callable
     unsupported: Callable[..., str | None] = _runs_anywhere
+    only_named: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,14 +65,19 @@ class Choice:
         return f"{self.op:36} {self.chosen or '-':10} {why}"
 
 
-_registry: dict[str, dict[str, Backend]] = {}
+_registry: dict[str, dict[str, Backend | str]] = {}  # op -> backend, or the reason for none
+_allocators: dict[str, Callable] = {}  # op -> its fake, which allocates the outputs
 
 
 def register(op: str, backend: Backend) -> None:
     """Makes `backend` available for `op`; raises ValueError for an unknown backend name."""
-    if backend.name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend.name!r}")
+    _check_name("backend", backend.name)
     _registry.setdefault(op, {})[backend.name] = backend
+
+
+def _check_name(what: str, name: str) -> None:
+    if name not in BACKENDS and name not in NAMED_ONLY:
+        raise ValueError(f"{what} must be one of {', '.join(BACKENDS)}, got {name!r}")
 
 
 LIBRARY = torch.library.Library("fluxkern", "DEF")
@@ -66,7 +89,8 @@ def define(schema: str, reference: Callable, fake: Callable) -> Callable:
     Args:
         schema: as torch writes it; the last argument is `str? backend`.
         reference: the op's meaning, the backend that is always there.
-        fake: called with the same arguments, gives outputs of the right shapes without values.
+        fake: called with the same arguments, gives contiguous outputs of the right shapes without
+            values; None for an op that writes over its arguments.
 
     Returns:
         The op, to be called with all arguments. It has no gradient of its own.
@@ -77,14 +101,25 @@ def define(schema: str, reference: Callable, fake: Callable) -> Callable:
         return run(name, args[-1], *args[:-1])
 
     def contiguous_reference(*args: object) -> object:  # strides as those of the fake
-        out = reference(*args)
-        return out.contiguous() if isinstance(out, Tensor) else tuple(t.contiguous() for t in out)
+        return _each(_dense, reference(*args))
 
     register(name, Backend("reference", contiguous_reference))
+    _allocators[name] = fake
     LIBRARY.define(schema)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fluxkern::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.fluxkern, name).default
+
+
+def _each(function: Callable, out: object) -> object:
+    if isinstance(out, tuple):
+        return tuple(function(t) for t in out)
+    return out if out is None else function(out)
+
+
+def _dense(t: Tensor) -> Tensor:
+    channels_last = t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    return t if channels_last else t.contiguous()
 
 
 def empty_like_each(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -96,21 +131,153 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def rows(*gradients: Tensor) -> tuple[Tensor, ...]:
+    """Gradients as a kernel takes them: autograd may hand over any strides, also on the last."""
+    return tuple(g if g.stride(-1) == 1 or g.shape[-1] == 1 else g.contiguous() for g in gradients)
+
+
+# the backends of an op
+
+
+def _find(op: str, name: str) -> Backend | str:
+    """The backend of an op, or the reason why there is none; looked for once."""
+    backends = _registry[op]
+    if name not in backends:
+        if op not in _allocators:
+            backends[name] = _missing(name)
+        else:
+            backends[name] = _triton(op) if name == "triton" else _compiled(op, name)
+    return backends[name]
+
+
+def _missing(name: str) -> str:
+    return f"no {name} kernel in this version"
+
+
+def _destination_passing(op: str, kernel: Callable) -> Callable:
+    allocate = _allocators[op]
+
+    def run_kernel(*args: object) -> object:
+        out = allocate(*args, None)
+        if isinstance(out, Tensor):
+            kernel(*args, out)
+        elif out is None:
+            kernel(*args)
+        else:
+            kernel(*args, *out)
+        return out
+
+    return run_kernel
+
+
+def _refusal(device: str, args: tuple) -> str | None:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.device.type != device:
+                return f"takes tensors on {device}, got {arg.device}"
+            if arg.dtype not in DTYPES:
+                return f"takes float32, bfloat16 and float16, got {arg.dtype}"
+    return None
+
+
+def _compiled(op: str, name: str) -> Backend | str:
+    reason = load_reason(name)
+    if reason is not None:
+        return reason
+    _, library, device = _OBJECTS[name]
+    packet = getattr(getattr(torch.ops, library), op, None)
+    if packet is None:
+        return _missing(name)
+    without_device = _no_cuda() if device == "cuda" else None
+    return Backend(
+        name,
+        _destination_passing(op, packet.default),
+        lambda *args: without_device or _refusal(device, args),
+        "the CUDA sources run on a CPU only when named" if name in NAMED_ONLY else None,
+    )
+
+
+@cache
+def load_reason(name: str) -> str | None:
+    """Loads the compiled object of a backend, once; None, or the reason why it is not there."""
+    file = _PACKAGE / f"{_OBJECTS[name][0]}.so"
+    if not file.exists():
+        reason = build_info().get(_OBJECTS[name][0], {}).get("reason") or "not built"
+        reason = f"no compiled kernels: {file.name} is missing ({reason})"
+    else:
+        try:
+            torch.ops.load_library(str(file))
+            return None
+        except (OSError, RuntimeError) as error:
+            reason = f"no compiled kernels: {file.name} does not load ({error})"
+    if name == "cpu":
+        log = logging.getLogger("fluxkern")
+        log.warning("fluxkern has %s; its ops run as plain PyTorch on a CPU", reason)
+    return reason
+
+
+@cache
+def build_info() -> dict:
+    """What setup.py wrote of the build: per object what it was built with, or why it was not."""
+    try:
+        return json.loads((_PACKAGE / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@cache
+def _no_cuda() -> str | None:
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton too, when a kernel is made
+
+
+def _triton(op: str) -> Backend | str:
+    if not _interpreting() and _no_cuda():
+        return _no_cuda()
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    file = op.removesuffix("_backward").removeprefix("joint_").rstrip("_")
+    name = f"{__package__.rpartition('.')[0]}.kernels.{file}"
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in (name, name.rpartition(".")[0]):
+            raise
+        return _missing("triton")
+    launcher = getattr(module, op, None)
+    if launcher is None:
+        return _missing("triton")
+    limits = getattr(module, "unsupported", lambda *_: None)
+
+    def unsupported(*args: object) -> str | None:
+        device = "cpu" if _interpreting() else "cuda"
+        return _refusal(device, args) or (limits(op, *args) if args else None)
+
+    interpreter = "Triton's interpreter runs only when named" if _interpreting() else None
+    return Backend("triton", _destination_passing(op, launcher), unsupported, interpreter)
+
+
+# choosing
+
+
 def _default_backend() -> str | None:
     name = os.environ.get("FLUXKERN_BACKEND") or None
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"FLUXKERN_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name is not None:
+        _check_name("FLUXKERN_BACKEND", name)
     return name
 
 
 DEFAULT_BACKEND = _default_backend()  # read once: never on a traced path
 
 
-def _reason(op: str, name: str, args: tuple) -> str | None:
-    backend = _registry[op].get(name)
-    if backend is None:
-        return f"no {name} kernel in this version"
-    return backend.unsupported(*args)
+def _reason(op: str, name: str, args: tuple, named: bool) -> str | None:
+    backend = _find(op, name)
+    if isinstance(backend, str):
+        return backend
+    return backend.unsupported(*args) or (None if named else backend.only_named)
 
 
 def run(op: str, backend: str | None, *args: object) -> object:
@@ -122,13 +289,13 @@ def run(op: str, backend: str | None, *args: object) -> object:
             gives the reason of every backend.
     """
     named = backend or DEFAULT_BACKEND
-    if named is not None and named not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {named!r}")
+    if named is not None:
+        _check_name("backend", named)
     for name in (named,) if named else BACKENDS:
-        candidate = _registry[op].get(name)
-        if candidate is not None and candidate.unsupported(*args) is None:
-            return candidate.run(*args)
-    reasons = "; ".join(f"{name}: {_reason(op, name, args) or 'can run'}" for name in BACKENDS)
+        if _reason(op, name, args, named is not None) is None:
+            return _registry[op][name].run(*args)
+    listed = BACKENDS if named in (None, *BACKENDS) else (*BACKENDS, named)
+    reasons = "; ".join(f"{n}: {_reason(op, n, args, n == named) or 'can run'}" for n in listed)
     raise NotImplementedError(f"{op} cannot run on {named or 'any backend'} ({reasons})")
 
 
@@ -150,8 +317,8 @@ def explain(op: str | None = None, *args: object) -> list[Choice]:
         raise ValueError(f"op must be one of {', '.join(sorted(_registry))}, got {op!r}")
     rows = []
     for name in [op] if op else sorted(_registry):
-        reasons = {backend: _reason(name, backend, args) for backend in BACKENDS}
-        allowed = [DEFAULT_BACKEND] if DEFAULT_BACKEND else BACKENDS
+        reasons = {b: _reason(name, b, args, b == DEFAULT_BACKEND) for b in BACKENDS}
+        allowed = [DEFAULT_BACKEND] if DEFAULT_BACKEND in reasons else BACKENDS
         chosen = next((backend for backend in allowed if reasons[backend] is None), None)
         rows.append(Choice(name, chosen, reasons))
     return rows

@@ -1,12 +1,49 @@
 """Attention over the joint sequence, without a mask."""
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from . import _checks, _dispatch
 
-_dispatch.register("attention", _dispatch.Backend("reference", reference.attention))
-_dispatch.register("attention_lse", _dispatch.Backend("reference", reference.attention_lse))
+
+def _out_and_lse(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
+
+
+_forward = _dispatch.define(
+    "attention(Tensor q, Tensor k, Tensor v, str? backend) -> Tensor",
+    reference.attention,
+    lambda q, *_: q.new_empty(q.shape),
+)
+_forward_lse = _dispatch.define(
+    "attention_lse(Tensor q, Tensor k, Tensor v, str? backend) -> (Tensor, Tensor)",
+    reference.attention_lse,
+    _out_and_lse,
+)
+_backward = _dispatch.define(
+    "attention_backward(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
+    " Tensor lse, str? backend) -> (Tensor, Tensor, Tensor)",
+    reference.attention_backward,
+    lambda dout, dlse, q, k, v, *_: _dispatch.empty_like_each(q, k, v),
+)
+
+
+class _AttentionLse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, backend):
+        out, lse = _forward_lse(q, k, v, backend)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.backend = backend
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        dout, dlse = _dispatch.rows(dout)[0], dlse.contiguous()
+        return *_backward(dout, dlse, *ctx.saved_tensors, ctx.backend), None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -36,7 +73,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) ->
     Source: Vaswani et al.; black-forest-labs/flux, math.py, attention.
     """
     _check(q, k, v)
-    return _dispatch.run("attention", backend, q, k, v)
+    if _dispatch.needs_gradient(q, k, v):
+        return _AttentionLse.apply(q, k, v, backend)[0]
+    return _forward(q, k, v, backend)
 
 
 def attention_lse(
@@ -62,4 +101,6 @@ def attention_lse(
     Source: Dao et al., FlashAttention.
     """
     _check(q, k, v)
-    return _dispatch.run("attention_lse", backend, q, k, v)
+    if _dispatch.needs_gradient(q, k, v):
+        return _AttentionLse.apply(q, k, v, backend)
+    return _forward_lse(q, k, v, backend)

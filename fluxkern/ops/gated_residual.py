@@ -42,6 +42,7 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_new):
+        (dx_new,) = _dispatch.rows(dx_new)
         return dx_new, *_backward(dx_new, *ctx.saved_tensors, ctx.backend), None
 
 
@@ -55,6 +56,7 @@ class _JointGatedResidual(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_new):
+        (dx_new,) = _dispatch.rows(dx_new)
         grads = _joint_backward(dx_new, *ctx.saved_tensors, *ctx.settings)
         return dx_new, *grads, None, None
 

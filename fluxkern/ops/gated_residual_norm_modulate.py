@@ -54,6 +54,7 @@ class _GatedResidualNormModulate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_new, dh):
+        dx_new, dh = _dispatch.rows(dx_new, dh)
         return *_backward(dx_new, dh, *ctx.saved_tensors, *ctx.settings), None, None
 
 
@@ -82,6 +83,7 @@ class _JointGatedResidualNormModulate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_new, dh):
+        dx_new, dh = _dispatch.rows(dx_new, dh)
         return *_joint_backward(dx_new, dh, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 

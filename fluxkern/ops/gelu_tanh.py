@@ -1,11 +1,36 @@
 """The activation of FLUX's MLPs."""
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from . import _checks, _dispatch
 
-_dispatch.register("gelu_tanh", _dispatch.Backend("reference", reference.gelu_tanh))
+_forward = _dispatch.define(
+    "gelu_tanh(Tensor x, str? backend) -> Tensor",
+    reference.gelu_tanh,
+    lambda x, _: x.new_empty(x.shape),
+)
+_backward = _dispatch.define(
+    "gelu_tanh_backward(Tensor dy, Tensor x, str? backend) -> Tensor",
+    reference.gelu_tanh_backward,
+    lambda dy, x, _: x.new_empty(x.shape),
+)
+
+
+class _GeluTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, backend):
+        ctx.save_for_backward(x)
+        ctx.backend = backend
+        return _forward(x, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (dy,) = _dispatch.rows(dy)
+        return _backward(dy, *ctx.saved_tensors, ctx.backend), None
 
 
 def gelu_tanh(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -30,4 +55,6 @@ def gelu_tanh(x: Tensor, *, backend: str | None = None) -> Tensor:
     _checks.floating("x", x)
     if x.ndim:
         _checks.last_axis_contiguous("x", x)
-    return _dispatch.run("gelu_tanh", backend, x)
+    if _dispatch.needs_gradient(x):
+        return _GeluTanh.apply(x, backend)
+    return _forward(x, backend)

@@ -1,11 +1,49 @@
 """GroupNorm and SiLU: the entry of every convolution in the VAE."""
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from . import _checks, _dispatch
 
-_dispatch.register("group_norm_silu", _dispatch.Backend("reference", reference.group_norm_silu))
+
+def _like_x(x: Tensor) -> Tensor:
+    """Without values, channels-last where x is."""
+    out = x.new_empty(x.shape)
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return out
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+_forward = _dispatch.define(
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps,"
+    " str? backend) -> Tensor",
+    reference.group_norm_silu,
+    lambda x, *_: _like_x(x),
+)
+_backward = _dispatch.define(
+    "group_norm_silu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, int num_groups,"
+    " float eps, str? backend) -> (Tensor, Tensor, Tensor)",
+    reference.group_norm_silu_backward,
+    lambda dy, x, weight, bias, *_: (_like_x(x), *_dispatch.empty_like_each(weight, bias)),
+)
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, num_groups, eps, backend):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.settings = num_groups, eps, backend
+        return _forward(x, weight, bias, num_groups, eps, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x = ctx.saved_tensors[0]
+        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        dy = dy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return *_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
 def group_norm_silu(
@@ -48,4 +86,6 @@ def group_norm_silu(
         raise ValueError(
             f"num_groups must divide the channels of x, {x.shape[1]}, got {num_groups}"
         )
-    return _dispatch.run("group_norm_silu", backend, x, weight, bias, num_groups, eps)
+    if _dispatch.needs_gradient(x, weight, bias):
+        return _GroupNormSilu.apply(x, weight, bias, num_groups, eps, backend)
+    return _forward(x, weight, bias, num_groups, eps, backend)

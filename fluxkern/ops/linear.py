@@ -1,12 +1,37 @@
 """A linear layer, with the MLP's activation as its epilogue."""
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from . import _checks, _dispatch
+from .gelu_tanh import gelu_tanh
 
-_dispatch.register("linear", _dispatch.Backend("reference", reference.linear))
 ACTIVATIONS = (None, "gelu_tanh")
+
+_forward = _dispatch.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str? activation, str? backend) -> Tensor",
+    reference.linear,
+    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, backend):
+        ctx.save_for_backward(x, weight)
+        return _forward(x, weight, bias, None, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        flat = dout.flatten(0, -2) if dout.ndim > 1 else dout.unsqueeze(0)  # [rows, Cout]
+        dx = (dout @ weight) if wants_x else None
+        dweight = flat.mT @ x.reshape(flat.shape[0], -1) if wants_weight else None
+        return dx, dweight, flat.sum(0) if wants_bias else None, None
 
 
 def linear(
@@ -47,4 +72,7 @@ def linear(
         _checks.like("bias", bias, "x", x)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    return _dispatch.run("linear", backend, x, weight, bias, activation)
+    if not _dispatch.needs_gradient(x, weight, bias):
+        return _forward(x, weight, bias, activation, backend)
+    out = _Linear.apply(x, weight, bias, backend)
+    return gelu_tanh(out) if activation else out

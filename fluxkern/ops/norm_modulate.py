@@ -47,8 +47,8 @@ class _NormModulate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dh):
-        x, scale = ctx.saved_tensors
-        return *_backward(dh, x, scale, *ctx.settings), None, None
+        (dh,) = _dispatch.rows(dh)
+        return *_backward(dh, *ctx.saved_tensors, *ctx.settings), None, None
 
 
 class _JointNormModulate(torch.autograd.Function):
@@ -61,6 +61,7 @@ class _JointNormModulate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dh):
+        (dh,) = _dispatch.rows(dh)
         return *_joint_backward(dh, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 

@@ -2,15 +2,89 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from . import _checks, _dispatch
 
-_dispatch.register("qk_norm_rope", _dispatch.Backend("reference", reference.qk_norm_rope))
-_dispatch.register(
-    "joint_qk_norm_rope", _dispatch.Backend("reference", reference.joint_qk_norm_rope)
+
+def _joint(txt: Tensor, img: Tensor) -> Tensor:
+    batch, txt_len, *heads = txt.shape
+    return txt.new_empty((batch, txt_len + img.shape[1], *heads))
+
+
+_forward = _dispatch.define(
+    "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
+    " float eps, str? backend) -> (Tensor, Tensor)",
+    reference.qk_norm_rope,
+    lambda q, k, *_: _dispatch.empty_like_each(q, k),
 )
-_dispatch.register("qk_norm_rope_", _dispatch.Backend("reference", reference.qk_norm_rope_))
+_backward = _dispatch.define(
+    "qk_norm_rope_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor q_weight,"
+    " Tensor k_weight, Tensor cos, Tensor sin, float eps, str? backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.qk_norm_rope_backward,
+    lambda dq_out, dk_out, *args: _dispatch.empty_like_each(*args[:4]),
+)
+_joint_forward = _dispatch.define(
+    "joint_qk_norm_rope(Tensor txt_q, Tensor txt_k, Tensor txt_v, Tensor img_q, Tensor img_k,"
+    " Tensor img_v, Tensor txt_q_weight, Tensor txt_k_weight, Tensor img_q_weight,"
+    " Tensor img_k_weight, Tensor cos, Tensor sin, float eps, str? backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference.joint_qk_norm_rope,
+    lambda txt_q, txt_k, txt_v, img_q, img_k, img_v, *_: (
+        _joint(txt_q, img_q),
+        _joint(txt_k, img_k),
+        _joint(txt_v, img_v),
+    ),
+)
+_joint_backward = _dispatch.define(
+    "joint_qk_norm_rope_backward(Tensor dq_out, Tensor dk_out, Tensor txt_q, Tensor txt_k,"
+    " Tensor img_q, Tensor img_k, Tensor txt_q_weight, Tensor txt_k_weight, Tensor img_q_weight,"
+    " Tensor img_k_weight, Tensor cos, Tensor sin, float eps, str? backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.joint_qk_norm_rope_backward,
+    lambda dq_out, dk_out, *args: _dispatch.empty_like_each(*args[:8]),
+)
+_in_place = _dispatch.define(
+    "qk_norm_rope_(Tensor(a!) q, Tensor(b!) k, Tensor txt_q_weight, Tensor txt_k_weight,"
+    " Tensor img_q_weight, Tensor img_k_weight, Tensor cos, Tensor sin, int txt_len, float eps,"
+    " str? backend) -> ()",
+    reference.qk_norm_rope_,
+    lambda *_: None,
+)
+
+
+class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps, backend):
+        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+        ctx.settings = eps, backend
+        return _forward(q, k, q_weight, k_weight, cos, sin, eps, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq_out, dk_out):
+        gradients = _dispatch.rows(dq_out, dk_out)
+        return *_backward(*gradients, *ctx.saved_tensors, *ctx.settings), *[None] * 4
+
+
+class _JointQKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, txt_q, txt_k, txt_v, img_q, img_k, img_v, *rest):
+        *tensors, eps, backend = rest  # four weights, cos, sin
+        ctx.save_for_backward(txt_q, txt_k, img_q, img_k, *tensors)
+        ctx.settings = eps, backend
+        return _joint_forward(txt_q, txt_k, txt_v, img_q, img_k, img_v, *rest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq_out, dk_out, dv):
+        gradients = _dispatch.rows(dq_out, dk_out)
+        grads = _joint_backward(*gradients, *ctx.saved_tensors, *ctx.settings)
+        txt_len = ctx.saved_tensors[0].shape[1]
+        txt, img = (*grads[:2], dv[:, :txt_len]), (*grads[2:4], dv[:, txt_len:])
+        return *txt, *img, *grads[4:], *[None] * 4
 
 
 def qk_norm_rope(
@@ -53,7 +127,8 @@ def qk_norm_rope(
     _checks.head_weight("k_weight", k_weight, q)
     _checks.rotation("cos", cos, q.shape[1], q)
     _checks.rotation("sin", sin, q.shape[1], q)
-    return _dispatch.run("qk_norm_rope", backend, q, k, q_weight, k_weight, cos, sin, eps)
+    args = (q, k, q_weight, k_weight, cos, sin, eps, backend)
+    return (_QKNormRope.apply if _dispatch.needs_gradient(*args[:4]) else _forward)(*args)
 
 
 def joint_qk_norm_rope(
@@ -107,20 +182,11 @@ def joint_qk_norm_rope(
     length = txt_q.shape[1] + img_q.shape[1]
     _checks.rotation("cos", cos, length, txt_q)
     _checks.rotation("sin", sin, length, txt_q)
-    return _dispatch.run(
-        "joint_qk_norm_rope",
-        backend,
-        txt_q,
-        txt_k,
-        txt_v,
-        img_q,
-        img_k,
-        img_v,
-        *weights,
-        cos,
-        sin,
-        eps,
-    )
+    streams = (txt_q, txt_k, txt_v, img_q, img_k, img_v)
+    args = (*streams, *weights, cos, sin, eps, backend)
+    if _dispatch.needs_gradient(*streams, *weights):
+        return _JointQKNormRope.apply(*args)
+    return _joint_forward(*args)
 
 
 def qk_norm_rope_(
@@ -174,4 +240,4 @@ def qk_norm_rope_(
             "qk_norm_rope_ writes over its inputs and has no gradient: one of q, k and the weights "
             "has requires_grad=True, expected False (use qk_norm_rope)"
         )
-    _dispatch.run("qk_norm_rope_", backend, q, k, *weights, cos, sin, txt_len, eps)
+    _in_place(q, k, *weights, cos, sin, txt_len, eps, backend)

@@ -4,8 +4,15 @@ from torch import Tensor
 
 from .. import reference
 from . import _checks, _dispatch
+from .attention import attention
+from .qk_norm_rope import qk_norm_rope
 
-_dispatch.register("rope_attention", _dispatch.Backend("reference", reference.rope_attention))
+_forward = _dispatch.define(
+    "rope_attention(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos,"
+    " Tensor sin, float eps, str? backend) -> Tensor",
+    reference.rope_attention,
+    lambda q, *_: q.new_empty(q.shape),
+)
 
 
 def rope_attention(
@@ -48,4 +55,7 @@ def rope_attention(
     _checks.head_weight("k_weight", k_weight, q)
     _checks.rotation("cos", cos, q.shape[1], q)
     _checks.rotation("sin", sin, q.shape[1], q)
-    return _dispatch.run("rope_attention", backend, q, k, v, q_weight, k_weight, cos, sin, eps)
+    if _dispatch.needs_gradient(q, k, v, q_weight, k_weight):
+        q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=eps, backend=backend)
+        return attention(q, k, v, backend=backend)
+    return _forward(q, k, v, q_weight, k_weight, cos, sin, eps, backend)
