@@ -150,9 +150,9 @@ def test_what_explain_chooses_is_what_runs(monkeypatch: pytest.MonkeyPatch):
     x = torch.randn(3)
     (choice,) = explain("gelu_tanh", x)
     monkeypatch.setitem(
-        _dispatch._registry["gelu_tanh"], choice.chosen, Backend(choice.chosen, lambda x: "it ran")
+        _dispatch._registry["gelu_tanh"], choice.chosen, Backend(choice.chosen, lambda x: x + 7)
     )
-    assert ops.gelu_tanh(x) == "it ran"
+    assert torch.equal(ops.gelu_tanh(x), x + 7)
 
 
 SCRIPT = """

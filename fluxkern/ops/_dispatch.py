@@ -133,7 +133,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 def rows(*gradients: Tensor) -> tuple[Tensor, ...]:
     """Gradients as a kernel takes them: autograd may hand over any strides, also on the last."""
-    return tuple(g if g.stride(-1) == 1 or g.shape[-1] == 1 else g.contiguous() for g in gradients)
+    return tuple(g if g.ndim and g.stride(-1) == 1 else g.contiguous() for g in gradients)
 
 
 # the backends of an op
