@@ -1,30 +1,48 @@
 # Everything a developer runs. TORCH and TRITON are the pair that this commit is tested with.
+# FLUXKERN_BUILD is what `build` compiles: cpu, cuda (and cpu), auto or none.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
+FLUXKERN_BUILD ?= cpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SETUP := $(BIN)/python setup.py --quiet
 
-.PHONY: install demo test check clean
+.PHONY: install build build-cuda build-host wheel demo test test-build check clean
 
-install: $(VENV)/.installed
+install: $(VENV)/.installed build
 
 $(VENV)/.installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH) $(TRITON) 'setuptools>=77' wheel
-	$(PIP) install --no-build-isolation --editable '.[dev]'
+	FLUXKERN_BUILD=$(FLUXKERN_BUILD) $(PIP) install --no-build-isolation --editable '.[dev]'
 	touch $@
 
-demo: install
+build: $(VENV)/.installed
+	FLUXKERN_BUILD=$(FLUXKERN_BUILD) $(SETUP) build_ext --inplace
+
+build-cuda: $(VENV)/.installed
+	FLUXKERN_BUILD=cuda $(SETUP) build_ext --inplace
+
+build-host: $(VENV)/.installed
+	$(SETUP) build_host
+
+wheel: $(VENV)/.installed
+	FLUXKERN_BUILD=$(FLUXKERN_BUILD) $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+demo: build
 	$(BIN)/fluxkern generate "a red circle on a blue background" --seed 0 --output demo.png --force
 
-test: install
+test: build build-host
 	$(BIN)/python -m pytest -q
 
-check: install
+test-build: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m build
+
+check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf build dist *.egg-info demo.png
+	rm -rf build dist *.egg-info demo.png fluxkern/_C_*.so fluxkern/_build_info.json

@@ -374,6 +374,11 @@ class BuildHost(Command):
 class OneWheel(bdist_wheel):
     """One wheel for every Python: the objects ask for no Python symbol."""
 
+    def run(self) -> None:
+        if not self.skip_build:  # what an earlier build left would go in
+            shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
     def get_tag(self) -> tuple[str, str, str]:
         outputs = self.get_finalized_command("build_ext").get_outputs()
         built = any(name.endswith(".so") for name in outputs)
