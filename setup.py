@@ -325,7 +325,7 @@ def build(package: Path) -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),
         "torch_target": ".".join(map(str, TORCH_TARGET)),
-        "objects": entries,
+        **entries,
     }
     write(package / "_build_info.json", (json.dumps(info, indent=2) + "\n").encode())
     if failed and chosen != "auto":
