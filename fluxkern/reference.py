@@ -6,10 +6,26 @@ these functions are the truth that every backend is measured against.
 """
 
 import math
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def _in_fp32(backward: Callable) -> Callable:
+    """A gradient is summed in fp32 at least and rounded once, as autograd's own are."""
+
+    @wraps(backward)
+    def run(*args: Tensor | int | float) -> Tensor | tuple[Tensor, ...]:
+        dtype = args[0].dtype
+        if dtype.itemsize >= 4:
+            return backward(*args)
+        out = backward(*(t.float() if isinstance(t, Tensor) else t for t in args))
+        return out.to(dtype) if isinstance(out, Tensor) else tuple(t.to(dtype) for t in out)
+
+    return run
 
 
 def _rows(vec: Tensor) -> Tensor:
@@ -70,6 +86,7 @@ def joint_gated_residual_norm_modulate(
     return x_new, h
 
 
+@_in_fp32
 def norm_modulate_backward(
     dh: Tensor, x: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,10 +97,12 @@ def norm_modulate_backward(
     return dx, (dh * n).sum(1).view_as(scale), dh.sum(1).view_as(scale)
 
 
+@_in_fp32
 def gated_residual_backward(dx_new: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return _rows(gate) * dx_new, (dx_new * y).sum(1).view_as(gate)  # dx is dx_new itself
 
 
+@_in_fp32
 def gated_residual_norm_modulate_backward(
     dx_new: Tensor,
     dh: Tensor,
@@ -98,6 +117,7 @@ def gated_residual_norm_modulate_backward(
     return dx, *gated_residual_backward(dx, y, gate), dscale, dshift
 
 
+@_in_fp32
 def joint_norm_modulate_backward(
     dh: Tensor,
     x: Tensor,
@@ -111,6 +131,7 @@ def joint_norm_modulate_backward(
     return torch.cat((txt[0], img[0]), 1), *txt[1:], *img[1:]
 
 
+@_in_fp32
 def joint_gated_residual_backward(
     dx_new: Tensor, y: Tensor, txt_gate: Tensor, img_gate: Tensor, txt_len: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,6 +140,7 @@ def joint_gated_residual_backward(
     return torch.cat((txt[0], img[0]), 1), txt[1], img[1]
 
 
+@_in_fp32
 def joint_gated_residual_norm_modulate_backward(
     dx_new: Tensor,
     dh: Tensor,
@@ -177,6 +199,7 @@ def _norm_rope_backward(
     return dx, (dn * n).sum((0, 1, 2))
 
 
+@_in_fp32
 def qk_norm_rope_backward(
     dq_out: Tensor,
     dk_out: Tensor,
@@ -218,6 +241,7 @@ def joint_qk_norm_rope(
     )
 
 
+@_in_fp32
 def joint_qk_norm_rope_backward(
     dq_out: Tensor,
     dk_out: Tensor,
@@ -310,6 +334,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+@_in_fp32
 def gelu_tanh_backward(dy: Tensor, x: Tensor) -> Tensor:
     c = math.sqrt(2 / math.pi)
     th = torch.tanh(c * (x + 0.044715 * x * x * x))
@@ -332,6 +357,7 @@ def group_norm_silu(
     return F.silu(F.group_norm(x, num_groups, weight, bias, eps))
 
 
+@_in_fp32
 def group_norm_silu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:

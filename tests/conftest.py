@@ -6,8 +6,12 @@ import secrets
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it; child processes inherit it
 
+import coverage_table
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is made
 
 logging.getLogger("torch.__trace").propagate = False  # pytest would format every record: 8x slower
 
@@ -37,6 +41,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
 ) -> None:
+    if coverage_table.recorded(config):
+        terminalreporter.section("coverage: forward | backward, all = every dtype both ways")
+        for line in coverage_table.lines(config):
+            terminalreporter.write_line(line)
     if exitstatus:  # a quiet run has no header
         terminalreporter.write_line(_replay(config))
 

@@ -19,14 +19,14 @@ _backward = _dispatch.define(
     lambda dx_new, y, gate, _: _dispatch.empty_like_each(y, gate),
 )
 _joint_forward = _dispatch.define(
-    "joint_gated_residual(Tensor x, Tensor y, Tensor txt_gate, Tensor img_gate, int txt_len,"
+    "joint_gated_residual(Tensor x, Tensor y, Tensor txt_gate, Tensor img_gate, SymInt txt_len,"
     " str? backend) -> Tensor",
     reference.joint_gated_residual,
     lambda x, *_: x.new_empty(x.shape),
 )
 _joint_backward = _dispatch.define(
     "joint_gated_residual_backward(Tensor dx_new, Tensor y, Tensor txt_gate, Tensor img_gate,"
-    " int txt_len, str? backend) -> (Tensor, Tensor, Tensor)",
+    " SymInt txt_len, str? backend) -> (Tensor, Tensor, Tensor)",
     reference.joint_gated_residual_backward,
     lambda dx_new, y, txt_gate, img_gate, *_: _dispatch.empty_like_each(y, txt_gate, img_gate),
 )

@@ -24,14 +24,14 @@ _backward = _dispatch.define(
 )
 _joint_forward = _dispatch.define(
     "joint_gated_residual_norm_modulate(Tensor x, Tensor y, Tensor txt_gate, Tensor txt_scale,"
-    " Tensor txt_shift, Tensor img_gate, Tensor img_scale, Tensor img_shift, int txt_len,"
+    " Tensor txt_shift, Tensor img_gate, Tensor img_scale, Tensor img_shift, SymInt txt_len,"
     " float eps, str? backend) -> (Tensor, Tensor)",
     reference.joint_gated_residual_norm_modulate,
     lambda x, *_: _dispatch.empty_like_each(x, x),
 )
 _joint_backward = _dispatch.define(
     "joint_gated_residual_norm_modulate_backward(Tensor dx_new, Tensor dh, Tensor x_new, Tensor y,"
-    " Tensor txt_gate, Tensor txt_scale, Tensor img_gate, Tensor img_scale, int txt_len,"
+    " Tensor txt_gate, Tensor txt_scale, Tensor img_gate, Tensor img_scale, SymInt txt_len,"
     " float eps, str? backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.joint_gated_residual_norm_modulate_backward,

@@ -25,13 +25,13 @@ _backward = _dispatch.define(
 )
 _joint_forward = _dispatch.define(
     "joint_norm_modulate(Tensor x, Tensor txt_scale, Tensor txt_shift, Tensor img_scale,"
-    " Tensor img_shift, int txt_len, float eps, str? backend) -> Tensor",
+    " Tensor img_shift, SymInt txt_len, float eps, str? backend) -> Tensor",
     reference.joint_norm_modulate,
     _like_x,
 )
 _joint_backward = _dispatch.define(
     "joint_norm_modulate_backward(Tensor dh, Tensor x, Tensor txt_scale, Tensor img_scale,"
-    " int txt_len, float eps, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " SymInt txt_len, float eps, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.joint_norm_modulate_backward,
     lambda dh, x, txt, img, *_: _dispatch.empty_like_each(x, txt, txt, img, img),
 )

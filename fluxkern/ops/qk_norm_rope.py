@@ -48,7 +48,7 @@ _joint_backward = _dispatch.define(
 )
 _in_place = _dispatch.define(
     "qk_norm_rope_(Tensor(a!) q, Tensor(b!) k, Tensor txt_q_weight, Tensor txt_k_weight,"
-    " Tensor img_q_weight, Tensor img_k_weight, Tensor cos, Tensor sin, int txt_len, float eps,"
+    " Tensor img_q_weight, Tensor img_k_weight, Tensor cos, Tensor sin, SymInt txt_len, float eps,"
     " str? backend) -> ()",
     reference.qk_norm_rope_,
     lambda *_: None,

@@ -1,0 +1,378 @@
+"""What every op obeys on every backend, in every dtype, forward and backward.
+
+What this machine cannot run is skipped with the backend's own reason. Of backends that the table
+of `fluxkern.cases` promises, the coverage table at the end of the run has no empty cell.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import coverage_table
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fluxkern import ops, reference
+from fluxkern.cases import CASES, TEST_SIZES, Maker, Sizes
+from fluxkern.ops import _dispatch
+from fluxkern.testing import assert_accurate, outputs, widened
+
+GPU = torch.cuda.is_available()
+DEVICES = {
+    "reference": "cuda" if GPU else "cpu",
+    "cpu": "cpu",
+    "triton": "cuda" if GPU else "cpu",  # interpreted where there is no GPU
+    "cuda": "cuda",
+    "cuda-host": "cpu",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FIXED = ("cos", "sin")  # tensors without a gradient
+PAIRS = [
+    (op, backend)
+    for op, case in CASES.items()
+    for backend in ("reference", *case.backends, *(["cuda-host"] * ("cuda" in case.backends)))
+]
+DIFFERENTIABLE = [(op, backend) for op, backend in PAIRS if CASES[op].moved_backward]
+every_pair = pytest.mark.parametrize("op, backend", PAIRS)
+every_differentiable = pytest.mark.parametrize("op, backend", DIFFERENTIABLE)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """New memory is filled with NaN: what a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def function(op: str, backend: str) -> Callable:
+    """The public op on this backend; skips where the machine has none."""
+    reason = _dispatch._reason(op, backend, (), named=True)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    return partial(getattr(ops, op), backend=backend)
+
+
+def make(op: str, backend: str, sizes: Sizes, dtype: str = "fp32") -> dict[str, Any]:
+    return CASES[op].inputs(Maker(sizes, DTYPES[dtype], DEVICES[backend]))
+
+
+def meaning(op: str) -> Callable:
+    """The reference through autograd's own formulas: the truth of forward and backward."""
+
+    def run(**args: Any) -> Any:
+        if op != "modulation":
+            return getattr(reference, op)(**args)
+        chunks = args.pop("chunks")
+        return reference.modulation(**args).chunk(chunks, -1)
+
+    return run
+
+
+def copied(args: dict[str, Any]) -> dict[str, Any]:
+    """Fresh values with the same strides and offsets, so that an op in place leaves args alone."""
+
+    def copy(value: Tensor) -> Tensor:
+        storage = value.untyped_storage().clone()
+        return value.new_empty(0).set_(storage, value.storage_offset(), value.shape, value.stride())
+
+    return {name: copy(v) if isinstance(v, Tensor) else v for name, v in args.items()}
+
+
+def leaves(args: dict[str, Any]) -> dict[str, Tensor]:
+    return {n: v for n, v in args.items() if isinstance(v, Tensor) and n not in FIXED}
+
+
+def gradients(run: Callable, args: dict[str, Any], dout: tuple[Tensor, ...]) -> list[Tensor]:
+    args = copied(args)
+    wanted = [value.requires_grad_() for value in leaves(args).values()]
+    out = outputs(run, args)
+    return torch.autograd.grad(out, wanted, [d.to(o.dtype) for d, o in zip(dout, out, strict=True)])
+
+
+def assert_forward(op: str, backend: str, args: dict[str, Any]) -> None:
+    truth = outputs(meaning(op), widened(copied(args)))
+    own = outputs(meaning(op), copied(args))
+    out = outputs(function(op, backend), copied(args))
+    for i, (o, t, r) in enumerate(zip(out, truth, own, strict=True)):
+        assert_accurate(o, t, r, f"output {i} of {op} on {backend}")
+
+
+def assert_backward(op: str, backend: str, args: dict[str, Any]) -> None:
+    dtype = next(iter(leaves(args).values())).dtype
+    truth_out = outputs(meaning(op), widened(copied(args)))
+    dout = tuple(torch.randn_like(t.contiguous()).to(dtype) for t in truth_out)
+    truth = gradients(meaning(op), widened(args), tuple(d.double() for d in dout))
+    own = gradients(meaning(op), args, dout)
+    found = gradients(function(op, backend), args, dout)
+    for name, o, t, r in zip(leaves(args), found, truth, own, strict=True):
+        assert_accurate(o, t, r, f"gradient of {name}, {op} on {backend}")
+
+
+# accuracy: dtypes at an odd size, sizes in fp32
+
+
+@every_dtype
+@every_pair
+def test_forward_is_accurate(op: str, backend: str, dtype: str, request: pytest.FixtureRequest):
+    assert_forward(op, backend, make(op, backend, Sizes(), dtype))
+    coverage_table.record(request.config, op, backend, dtype, "forward")
+
+
+@every_dtype
+@every_differentiable
+def test_backward_is_accurate(op: str, backend: str, dtype: str, request: pytest.FixtureRequest):
+    assert_backward(op, backend, make(op, backend, Sizes(), dtype))
+    coverage_table.record(request.config, op, backend, dtype, "backward")
+
+
+@pytest.mark.parametrize("size", TEST_SIZES)
+@every_pair
+def test_any_size_is_taken(op: str, backend: str, size: str):
+    args = make(op, backend, TEST_SIZES[size])
+    assert_forward(op, backend, args)
+    if (op, backend) in DIFFERENTIABLE:
+        assert_backward(op, backend, args)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@every_pair
+def test_flux_width_is_taken_in_half_precision(op: str, backend: str, dtype: str):
+    args = make(op, backend, TEST_SIZES["FLUX's width"], dtype)
+    assert_forward(op, backend, args)
+    if (op, backend) in DIFFERENTIABLE:
+        assert_backward(op, backend, args)
+
+
+@every_pair
+def test_any_size_and_stride_drawn_at_random_is_taken(op: str, backend: str, seed: int):
+    run_of_the_backend = function(op, backend)
+    assert run_of_the_backend is not None
+    small = st.integers(0, 4)
+
+    @settings(
+        max_examples=5 if backend in ("triton", "reference") else 20,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(
+        st.builds(
+            Sizes,
+            batch=st.integers(0, 3),
+            txt=small,
+            img=st.integers(1, 6),
+            hidden=st.integers(1, 150),
+            heads=st.integers(1, 3),
+            head_dim=st.integers(1, 40).map(lambda n: 2 * n),
+            skip=small,
+            spare=st.integers(0, 9),
+        ),
+        st.sampled_from(sorted(DTYPES)),
+    )
+    def holds(sizes: Sizes, dtype: str) -> None:
+        args = make(op, backend, sizes, dtype)
+        assert_forward(op, backend, args)
+        if (op, backend) in DIFFERENTIABLE:
+            assert_backward(op, backend, args)
+
+    holds()
+
+
+# strides, memory, bits
+
+
+def flat_vectors(args: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: v.squeeze(1) if isinstance(v, Tensor) and v.ndim == 3 and v.shape[1] == 1 else v
+        for name, v in args.items()
+    }
+
+
+@every_pair
+def test_vectors_may_lack_the_token_axis(op: str, backend: str):
+    args = make(op, backend, Sizes())
+    flat = flat_vectors(args)
+    if all(flat[name] is args[name] for name in args):
+        pytest.skip("no vector among the arguments")
+    run = function(op, backend)
+    expected, out = outputs(run, args), outputs(run, flat)
+    assert all(torch.equal(o, e) for o, e in zip(out, expected, strict=True))
+
+
+@every_pair
+def test_batch_of_one_expanded_is_taken(op: str, backend: str):
+    """Stride 0 over the batch: one set of inputs for three pictures."""
+    if op == "qk_norm_rope_":
+        pytest.skip("overlapping views cannot be written")
+    args = make(op, backend, replace(Sizes(), batch=1))
+    wide = {
+        name: v.expand(3, *v.shape[1:]) if name in leaves(args) and v.shape[0] == 1 else v
+        for name, v in args.items()
+    }
+    run = function(op, backend)
+    for one, three in zip(outputs(run, args), outputs(run, wide), strict=True):
+        torch.testing.assert_close(three, one.expand(three.shape))
+
+
+@every_pair
+def test_inputs_are_left_unwritten(op: str, backend: str):
+    if op == "qk_norm_rope_":
+        pytest.skip("writes over q and k, as its schema says")
+    args = make(op, backend, Sizes())
+    before = copied(args)
+    run = function(op, backend)
+    outputs(run, args)
+    for name in leaves(args):
+        assert torch.equal(args[name], before[name]), name
+
+
+@every_differentiable
+def test_the_same_bits_twice(op: str, backend: str):
+    run, args = function(op, backend), make(op, backend, TEST_SIZES["a wide odd row"], "bf16")
+    first, second = (outputs(run, copied(args)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    dout = tuple(torch.randn_like(t.contiguous()) for t in first)
+    first, second = (gradients(run, args, dout) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_pair
+def test_nan_in_one_batch_element_stays_there(op: str, backend: str):
+    args = make(op, backend, Sizes())
+    batched = [v for n, v in leaves(args).items() if v.ndim > 1 and v.shape[0] == 2]
+    run = function(op, backend)
+    expected = [t[1].clone() for t in outputs(run, copied(args)) if t.shape[0] == 2]
+    batched[0][0].fill_(float("nan"))
+    out = [t for t in outputs(run, args) if t.shape[0] == 2]
+    if "attention" not in op:  # torch's CPU attention gives 0 for a row of NaN
+        assert out[0][0].isnan().any()
+    assert all(torch.equal(t[1], e) for t, e in zip(out, expected, strict=True))
+
+
+@every_differentiable
+def test_only_the_asked_for_gradients_are_given_and_none_is_lost(op: str, backend: str):
+    """An op without a formula returns requires_grad=True and leaves .grad None."""
+    run, args = function(op, backend), copied(make(op, backend, Sizes()))
+    name, leaf = list(leaves(args).items())[-1]
+    leaf.requires_grad_()
+    out = outputs(run, args)
+    sum(o.sum() for o in out).backward()
+    assert leaf.grad is not None and leaf.grad.abs().sum() > 0, name
+    assert all(v.grad is None for n, v in leaves(args).items() if n != name)
+
+
+# torch's own contract
+
+
+def torch_op(op: str) -> Any:
+    return getattr(torch.ops.fluxkern, op).default
+
+
+def schema_args(op: str, args: dict[str, Any], backend: str) -> tuple:
+    values = dict(args) | {"eps": 1e-6, "backend": backend}
+    return tuple(values[a.name] for a in torch_op(op)._schema.arguments)
+
+
+@every_pair
+def test_opcheck_is_clean(op: str, backend: str):
+    function(op, backend)
+    args = make(op, backend, Sizes())
+    torch.library.opcheck(torch_op(op), schema_args(op, args, backend))
+
+
+@every_differentiable
+def test_opcheck_of_the_backward_is_clean(op: str, backend: str, monkeypatch: pytest.MonkeyPatch):
+    """With the very arguments that autograd hands to it."""
+    run, args = function(op, backend), make(op, backend, Sizes())
+    seen = []
+    real = _dispatch.run
+
+    def spy(name: str, named: str | None, *call: object) -> object:
+        seen.append((name, named, call))
+        return real(name, named, *call)
+
+    monkeypatch.setattr(_dispatch, "run", spy)
+    out = outputs(run, copied(args))
+    gradients(run, args, tuple(torch.randn_like(t.contiguous()) for t in out))
+    calls = [call for call in seen if call[0].endswith("_backward")]
+    monkeypatch.setattr(_dispatch, "run", real)
+    assert calls
+    for name, named, call in calls:
+        assert named == backend
+        detached = (a.detach() if isinstance(a, Tensor) else a for a in call)
+        torch.library.opcheck(torch_op(name), (*detached, backend))
+
+
+@every_pair
+def test_compiles_whole_and_only_once_for_all_sizes(op: str, backend: str):
+    run = function(op, backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    sizes = (Sizes(6, 11, 13), Sizes(8, 14, 17), Sizes(9, 2, 19))  # no two axes alike
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in sizes:
+            args = make(op, backend, size)
+            expected = outputs(run, copied(args))
+            for o, e in zip(outputs(compiled, args), expected, strict=True):
+                assert torch.equal(o, e)
+
+
+@every_differentiable
+def test_compiles_whole_with_gradients(op: str, backend: str):
+    run, args = function(op, backend), make(op, backend, Sizes())
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    dout = tuple(torch.randn_like(t.contiguous()) for t in outputs(run, copied(args)))
+    expected = gradients(run, args, dout)
+    for o, e in zip(gradients(compiled, args, dout), expected, strict=True):
+        assert torch.equal(o, e)
+
+
+# on a GPU
+
+
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+@every_pair
+def test_runs_in_a_cuda_graph_and_on_a_side_stream(op: str, backend: str):
+    if DEVICES[backend] != "cuda":
+        pytest.skip(f"{backend} does not run on a GPU")
+    run, args = function(op, backend), make(op, backend, Sizes(), "bf16")
+    if op == "qk_norm_rope_":
+        pytest.skip("a replay would write over its own result")
+    expected = [t.clone() for t in outputs(run, args)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = outputs(run, args)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, e) for a, e in zip(aside, expected, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outputs(run, args)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(c, e) for c, e in zip(captured, expected, strict=True))
+
+
+# the table
+
+
+def test_the_coverage_table_has_no_empty_cell(request: pytest.FixtureRequest):
+    """Last in this file, so that it sees what the tests above have recorded."""
+    if not coverage_table.whole_file_ran(request):
+        pytest.skip("a part of this file was run")
+    recorded = coverage_table.recorded(request.config)
+    for op, backend in PAIRS:
+        if _dispatch._reason(op, backend, (), named=True) is None:
+            both = ("forward", "backward") if (op, backend) in DIFFERENTIABLE else ("forward",)
+            for direction in both:
+                for dtype in DTYPES:
+                    assert (op, backend, dtype, direction) in recorded
+        elif backend not in ("cuda", "triton") or GPU:
+            pytest.fail(f"{op} is promised on {backend}, which cannot run it here")
