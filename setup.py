@@ -80,12 +80,13 @@ class Torch(NamedTuple):
 # what there is to build with
 
 
-def output_of(*command: str) -> str:
+def said_by(*command: str) -> str:
+    """What a command prints; nothing when it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     except OSError as error:
         raise CannotBuild(f"{command[0]} does not run: {error.strerror}") from error
-    return done.stdout if done.returncode == 0 else ""
+    return done.stdout + done.stderr if done.returncode == 0 else ""
 
 
 def find_torch() -> Torch:
@@ -112,6 +113,11 @@ def find_compiler() -> list[str]:
     return command
 
 
+def own_flags() -> list[str]:
+    """CXXFLAGS, as sanitizers need them at the compiler and at the linker."""
+    return shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
 def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
@@ -122,7 +128,7 @@ def find_nvcc() -> str:
 
 
 def version_of(*compiler: str) -> str:
-    lines = output_of(*compiler, "--version").strip().splitlines()
+    lines = said_by(*compiler, "--version").strip().splitlines()
     return next((line for line in lines if "release" in line), lines[0] if lines else "unknown")
 
 
@@ -137,7 +143,7 @@ def architectures(nvcc: str) -> list[str]:
     """TORCH_CUDA_ARCH_LIST, or those of ours that this nvcc knows."""
     if named := os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split():
         return named
-    known = set(output_of(nvcc, "--list-gpu-code").split())
+    known = set(said_by(nvcc, "--list-gpu-code").split())
     return [a for a in ARCHITECTURES.split() if "sm_" + re.sub(r"\D", "", a) in known]
 
 
@@ -159,7 +165,7 @@ def gencode(architecture: str) -> list[str]:
 def cpu_library(torch: Torch) -> Library:
     """Every kernel once for each instruction set; the right one is chosen when it is called."""
     compiler = find_compiler()
-    command = [*compiler, *COMMON, "-c"]
+    command = [*compiler, *COMMON, *own_flags(), "-c"]
     x86 = platform.machine() in ("x86_64", "AMD64")
     sets = INSTRUCTION_SETS if x86 else {"baseline": []}
     units = [
@@ -168,8 +174,9 @@ def cpu_library(torch: Torch) -> Library:
         for name, flags in sets.items()
     ]
     units.append(Unit(ROOT / "csrc/bindings_cpu.cpp", "baseline", [*command, *torch.flags]))
-    about = {"compiler": version_of(*compiler), "flags": COMMON, "instruction_sets": sets}
-    return Library("_C_cpu", units, [*compiler, "-shared"], about)
+    flags = [*COMMON, *own_flags()]
+    about = {"compiler": version_of(*compiler), "flags": flags, "instruction_sets": sets}
+    return Library("_C_cpu", units, [*compiler, *own_flags(), "-shared"], about)
 
 
 def cuda_library(torch: Torch) -> Library:
@@ -193,9 +200,29 @@ def through_nvcc(flag: str) -> str:
     return f"-Xcompiler={flag}" if flag.startswith("-f") else flag
 
 
+def cuda_headers() -> Path:
+    try:
+        top = re.search(r"^#\$ TOP=(.+)$", said_by(find_nvcc(), "--dryrun", "-c", "x.cu"), re.M)
+    except CannotBuild:
+        top = None
+    home = top[1] if top else os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    headers = Path(home).resolve() / "include"
+    if not (headers / "cuda_runtime_api.h").is_file():
+        raise CannotBuild(f"no headers of CUDA in {headers}")
+    return headers
+
+
 def host_library(torch: Torch) -> Library:
-    """The CUDA sources compiled by g++ against csrc/host, for tests."""
-    raise CannotBuild("csrc/host is not there yet")
+    """The CUDA sources as csrc/host runs them on a CPU, for tests."""
+    compiler = find_compiler()
+    include = ["-Icsrc/host", "-isystem", str(cuda_headers())]
+    command = [*compiler, *COMMON, "-O2", *own_flags(), "-DFLUXKERN_HOST", *include, "-c"]
+    sources = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/host").glob("*.cpp")]
+    units = [Unit(source, "host", [*command, "-x", "c++"]) for source in sorted(sources)]
+    binding = ROOT / "csrc/bindings_cuda.cpp"
+    units.append(Unit(binding, "host", [*command, *torch.flags]))
+    about = {"compiler": version_of(*compiler), "flags": [*COMMON, *own_flags()]}
+    return Library("_C_cuda_host", units, [*compiler, *own_flags(), "-shared"], about)
 
 
 LIBRARIES = {"_C_cpu": cpu_library, "_C_cuda": cuda_library}
@@ -204,26 +231,23 @@ LIBRARIES = {"_C_cpu": cpu_library, "_C_cuda": cuda_library}
 # building it
 
 
-def with_headers(source: Path) -> Iterator[Path]:
-    """The file and every file of ours that it includes."""
-    seen, waiting = set(), [source]
+def with_headers(unit: Unit) -> Iterator[Path]:
+    """The source and every file of ours that it includes."""
+    seen, waiting = set(), [unit.source]
+    ours = [ROOT / flag[2:] for flag in unit.command if flag.startswith("-Icsrc")]
     while waiting:
         path = waiting.pop()
         if path in seen:
             continue
         seen.add(path)
         yield path
-        names = re.findall(r'^\s*#\s*include\s+"(.+?)"', path.read_text(), re.MULTILINE)
-        waiting += [near for name in names if (near := (path.parent / name).resolve()).is_file()]
+        for name in re.findall(r'^\s*#\s*include\s+["<](.+?)[">]', path.read_text(), re.M):
+            places = [(folder / name).resolve() for folder in (path.parent, *ours)]
+            waiting += [place for place in places if place.is_file()]
 
 
 def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
-
-
-def sources_of(library: Library) -> str:
-    paths = sorted({path for unit in library.units for path in with_headers(unit.source)})
-    return digest([(path.relative_to(ROOT), path.read_text()) for path in paths])
 
 
 def run_compiler(command: list[str], output: Path, what: str) -> None:
@@ -241,7 +265,7 @@ def run_compiler(command: list[str], output: Path, what: str) -> None:
 
 
 def compile_unit(unit: Unit, versions: list[str]) -> Path:
-    sources = [(path.name, path.read_text()) for path in with_headers(unit.source)]
+    sources = [(path.name, path.read_text()) for path in with_headers(unit)]
     key = digest(unit.command, versions, sources)
     output = CACHE / f"{unit.source.stem}.{key}.o"
     if not output.exists():
@@ -313,7 +337,7 @@ def commit() -> str | None:
     """The commit that csrc is of, with -dirty when files differ; None outside a checkout."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None
-    return output_of("git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty").strip()
+    return said_by("git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty").strip()
 
 
 def build(package: Path) -> None:
@@ -353,11 +377,11 @@ class BuildKernels(build_ext):
 
 
 class BuildHost(Command):
-    description = "build fluxkern/_C_cuda_host.so, the CUDA sources run by a CPU (tests only)"
-    user_options = []
+    description = "build _C_cuda_host.so, the CUDA sources run by a CPU (tests only)"
+    user_options = [("build-lib=", "b", "folder of the package it goes to (default: in place)")]
 
     def initialize_options(self) -> None:
-        pass
+        self.build_lib = str(ROOT)
 
     def finalize_options(self) -> None:
         pass
@@ -366,9 +390,10 @@ class BuildHost(Command):
         try:
             torch = find_torch()
             library = host_library(torch)
-            place(compile_library(library, torch), ROOT / "fluxkern" / f"{library.name}.so")
+            built = compile_library(library, torch)
         except CannotBuild as error:
             raise SystemExit(f"error: _C_cuda_host: {error}") from error
+        place(built, Path(self.build_lib) / "fluxkern" / f"{library.name}.so")
 
 
 class OneWheel(bdist_wheel):
