@@ -16,7 +16,11 @@ PACKAGE = Path(fluxkern.__file__).parent
 LAYERS = {  # a layer and what it may import of fluxkern, besides itself
     "_files": set(),
     "reference": set(),
+    "kernels": set(),
     "ops": {"reference"},
+    "cases": set(),
+    "testing": set(),
+    "bench": {"cases", "ops", "reference", "testing"},
     "model": {"_files", "ops"},
     "checkpoint": {"_files", "model"},
     "pipeline": {"_files", "checkpoint", "model", "ops"},
@@ -90,8 +94,17 @@ def test_only_dispatch_knows_kernels(file: Path):
     if name_of(file) == ("fluxkern", "ops", "_dispatch"):
         assert layers_imported(file, lazy=False) == set()
         return
+    if "kernels" in name_of(file):
+        return
     for name in imported(file):
         assert not any(name == kernel or name.startswith(f"{kernel}.") for kernel in KERNELS)
+
+
+def test_kernels_import_torch_triton_and_each_other_alone(file: Path):
+    if "kernels" in name_of(file):
+        others = top_levels(imported(file)) - set(sys.stdlib_module_names)
+        assert others <= {"torch", "triton", "fluxkern"}
+        assert layers_imported(file) <= {"kernels"}
 
 
 def test_no_layer_above_ops_looks_into_it(file: Path):
