@@ -39,7 +39,6 @@ PACKAGES = (
     "pillow",
 )
 CPU_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512", "avx_vnni", "amx", "asimd", "sve")
-NO_KERNELS = "pure Python: no compiled kernels in this version"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -431,7 +430,7 @@ def _environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": _driver(),
         "gpus": _gpus(),
-        "compiled_kernels": [],
+        "compiled_kernels": ops.compiled_kernels(),
         "FLUXKERN_BACKEND": os.environ.get("FLUXKERN_BACKEND") or None,
         "ops": {
             choice.op: {"chosen": choice.chosen, "reasons": choice.reasons}
@@ -489,13 +488,14 @@ def _environment_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"{'gpu':18} none that torch can use"
     yield f"{'driver':18} {found['driver'] or 'none'}"
     yield f"{'cuda of torch':18} {found['cuda'] or 'none: a CPU build'}"
-    yield f"{'kernels':18} {', '.join(found['compiled_kernels']) or NO_KERNELS}"
+    for i, (name, reason) in enumerate(found["compiled_kernels"].items()):
+        yield f"{'' if i else 'compiled kernels':18} {name}: {reason or 'loaded'}"
     yield f"{'FLUXKERN_BACKEND':18} {found['FLUXKERN_BACKEND'] or 'not set'}"
     yield ""
-    yield f"{'op':34} {'backend':10} why not the others"
+    yield f"{'op':44} {'backend':10} why not the others"
     for op, choice in found["ops"].items():
         why = "; ".join(f"{name}: {reason}" for name, reason in choice["reasons"].items() if reason)
-        yield f"{op:34} {choice['chosen'] or '-':10} {why}"
+        yield f"{op:44} {choice['chosen'] or '-':10} {why}"
 
 
 # convert

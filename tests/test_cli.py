@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tiny_flux import write_tiny_flux
 
 import fluxkern
-from fluxkern import checkpoint
+from fluxkern import checkpoint, ops
 from fluxkern.cli import main
 from fluxkern.compact import train
 from fluxkern.compact.recipe import RECIPE, Recipe
@@ -444,7 +444,7 @@ def test_env_as_json_holds_every_op_with_its_reasons(fluxkern_at):
     assert found["versions"]["torch"] == torch.__version__
     assert found["cpu"]["cores"] == os.cpu_count()
     assert len(found["gpus"]) == torch.cuda.device_count()
-    assert found["compiled_kernels"] == []
+    assert found["compiled_kernels"] == ops.compiled_kernels()
 
 
 def test_env_shows_every_op_and_why_no_kernel_runs(fluxkern_at):
@@ -455,7 +455,8 @@ def test_env_shows_every_op_and_why_no_kernel_runs(fluxkern_at):
         assert lines[choice.op].split()[1] == choice.chosen
         for backend, reason in choice.reasons.items():
             assert reason is None or f"{backend}: {reason}" in lines[choice.op]
-    assert "no compiled kernels" in lines["kernels"]
+    for name, reason in ops.compiled_kernels().items():
+        assert f"{name}: {reason or 'loaded'}" in out
     assert lines["torch"].split() == ["torch", torch.__version__]
 
 

@@ -1,6 +1,6 @@
 """The ops of FLUX.1: meaning in `fluxkern.reference`, backends behind one call."""
 
-from ._dispatch import BACKENDS, Backend, Choice, explain, register
+from ._dispatch import BACKENDS, Backend, Choice, compiled_kernels, explain, register
 from .attention import attention, attention_lse
 from .gated_residual import gated_residual, joint_gated_residual
 from .gated_residual_norm_modulate import (
@@ -22,6 +22,7 @@ __all__ = [
     "Choice",
     "attention",
     "attention_lse",
+    "compiled_kernels",
     "explain",
     "gated_residual",
     "gated_residual_norm_modulate",

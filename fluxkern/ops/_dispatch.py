@@ -62,7 +62,7 @@ class Choice:
 
     def __str__(self) -> str:
         why = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items() if reason)
-        return f"{self.op:36} {self.chosen or '-':10} {why}"
+        return f"{self.op:44} {self.chosen or '-':10} {why}"
 
 
 _registry: dict[str, dict[str, Backend | str]] = {}  # op -> backend, or the reason for none
@@ -203,17 +203,26 @@ def load_reason(name: str) -> str | None:
     file = _PACKAGE / f"{_OBJECTS[name][0]}.so"
     if not file.exists():
         reason = build_info().get(_OBJECTS[name][0], {}).get("reason") or "not built"
-        reason = f"no compiled kernels: {file.name} is missing ({reason})"
+        reason = f"{file.name} is missing ({reason})"
     else:
         try:
             torch.ops.load_library(str(file))
             return None
         except (OSError, RuntimeError) as error:
-            reason = f"no compiled kernels: {file.name} does not load ({error})"
-    if name == "cpu":
-        log = logging.getLogger("fluxkern")
-        log.warning("fluxkern has %s; its ops run as plain PyTorch on a CPU", reason)
+            reason = f"{file.name} does not load ({error})"
     return reason
+
+
+def compiled_kernels() -> dict[str, str | None]:
+    """Per compiled object of the package None, or the reason why it is not there."""
+    return {_OBJECTS[name][0]: load_reason(name) for name in ("cpu", "cuda")}
+
+
+@cache
+def _say_once_that_nothing_is_compiled() -> None:
+    if reason := load_reason("cpu"):
+        log = logging.getLogger("fluxkern")
+        log.warning("no compiled kernels: %s; ops run as plain PyTorch on a CPU", reason)
 
 
 @cache
@@ -293,6 +302,8 @@ def run(op: str, backend: str | None, *args: object) -> object:
         _check_name("backend", named)
     for name in (named,) if named else BACKENDS:
         if _reason(op, name, args, named is not None) is None:
+            if name == "reference" and named is None:
+                _say_once_that_nothing_is_compiled()
             return _registry[op][name].run(*args)
     listed = BACKENDS if named in (None, *BACKENDS) else (*BACKENDS, named)
     reasons = "; ".join(f"{n}: {_reason(op, n, args, n == named) or 'can run'}" for n in listed)
