@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from fluxkern import ops
 from fluxkern.compact.drawings import Scene
 from fluxkern.compact.evaluate import adherence, reconstruction
 from fluxkern.compact.judge import judge, matches
 from fluxkern.model.sampling import get_noise, pack
+from fluxkern.ops import _dispatch
 from fluxkern.pipeline import COMPACT_WEIGHTS, FluxPipeline
 
 MIB = 2**20
@@ -96,6 +98,29 @@ def test_diffusers_draws_the_same_picture_from_the_shipped_folder(
     }
     ours = pipe(**call, progress=False).images[0]
     assert np.abs(ours - theirs(**call).images[0]).max() <= 1 / 255
+
+
+def test_the_kernels_draw_the_picture_of_the_reference(
+    pipe: FluxPipeline, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (choice,) = ops.explain("gated_residual_norm_modulate")
+    if choice.chosen == "reference":
+        pytest.skip(str(choice))
+
+    def draw() -> np.ndarray:
+        out = pipe(
+            "a large green ring on the right, on white",
+            true_cfg_scale=3.0,
+            num_inference_steps=8,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+            progress=False,
+        )
+        return out.images[0]
+
+    ours = draw()
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "reference")
+    assert np.abs(ours - draw()).max() <= 1 / 255
 
 
 def test_the_model_card_stands_beside_the_weights() -> None:
