@@ -1,0 +1,329 @@
+"""Reads what a GPU would run, without one: registers, spills, widths of accesses, tensor cores.
+
+Triton's kernels are compiled ahead of time by calling the launchers themselves, on tensors without
+memory and with a driver that names an architecture: the configurations are those that run. CUDA's
+are read from a compiled object. `python tests/machine_code.py --json [--only KERNEL]`,
+`... --planted` for kernels that must not pass, `... --object FILE.so` for CUDA.
+
+This process must not interpret: TRITON_INTERPRET is read when a kernel is made.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ARCHS = (80, 89, 90, 100, 120)
+SHAPE = "flux-1024"
+SHARED_PER_BLOCK = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+SHARED_PER_SM = {80: 164, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB
+WARPS_PER_SM = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
+BLOCKS_PER_SM = {80: 32, 89: 24, 90: 32, 100: 32, 120: 24}
+REGISTERS_PER_SM = 65536
+TENSOR_CORES = {"HMMA": r"HMMA|IMMA", "HGMMA": r"HGMMA|IGMMA", "UTCMMA": r"UTC\w*MMA"}
+
+
+def tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# one cubin
+
+
+def functions(listing: str, heading: str) -> dict[str, str]:
+    """Text of cuobjdump by function; `heading` captures the name."""
+    parts = re.split(heading, listing)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def bits(instruction: str) -> int:
+    """Width of one thread's access, from LDG.E.128.CONSTANT and the like."""
+    width = re.search(r"\.U?(8|16|32|64|128|256)\b", instruction.replace(".S", ".U"))
+    return int(width[1]) if width else 32
+
+
+def instructions(sass: str) -> dict[str, Any]:
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
+    opcodes = Counter(name.partition(".")[0] for name in names)
+    loads = [bits(n) for n in names if n.startswith(("LDG.", "LDGSTS."))]
+    stores = [bits(n) for n in names if n.startswith("STG.")]
+    return {
+        "spills": opcodes["STL"] + opcodes["LDL"],
+        "loads": sum(width >= 128 for width in loads),
+        "narrow_loads": sum(width < 128 for width in loads),
+        "stores": sum(width >= 128 for width in stores),
+        "narrow_stores": sum(width < 128 for width in stores),
+        "tma": opcodes["UTMALDG"],
+        "tensor_cores": [
+            kind for kind, names in TENSOR_CORES.items() if any(re.match(names, o) for o in opcodes)
+        ],
+    }
+
+
+def read_cubin(file: Path) -> dict[str, dict[str, Any]]:
+    """What each function of a cubin uses; `shared` is the static part."""
+    usage = functions(
+        output_of(tool("cuobjdump"), "-res-usage", str(file)), r"Function (\S+?):\s*\n"
+    )
+    sass = functions(output_of(tool("cuobjdump"), "-sass", str(file)), r"Function : (\S+)")
+    found = {}
+    for name, text in usage.items():
+        used = {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
+        numbers = {"registers": used["REG"], "stack": used["STACK"], "shared": used["SHARED"]}
+        found[name] = numbers | instructions(sass[name])
+    return found
+
+
+def warps_on_a_sm(row: dict[str, Any]) -> int:
+    """Warps that registers, shared memory and the block limit leave room for."""
+    arch, warps = row["arch"], row["warps"]
+    registers = -(-row["registers"] * 32 // 256) * 256 * warps
+    shared = row["shared"] + 1024  # reserved for each block
+    blocks = min(
+        REGISTERS_PER_SM // registers,
+        SHARED_PER_SM[arch] * 1024 // shared,
+        WARPS_PER_SM[arch] // warps,
+        BLOCKS_PER_SM[arch],
+    )
+    return blocks * warps
+
+
+# Triton, ahead of time
+
+
+class NamedArchitecture:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, arch: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def launches_compiled_only(arch: int) -> Iterator[list]:
+    """Inside, launching a kernel compiles it for `arch` and adds it to the list."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    run, compiled = JITFunction.run, []
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled.append(run(kernel, *args, grid=grid, warmup=True, **options))
+        return compiled[-1]
+
+    driver.set_active(NamedArchitecture(arch))
+    with patch.object(JITFunction, "run", compile_only):
+        yield compiled
+
+
+def read_compiled(kernel: Any, arch: int, op: str) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        ((name, found),) = read_cubin(Path(file.name)).items()
+    meta = kernel.metadata
+    row = {"kernel": name, "arch": arch, "op": op, "warps": meta.num_warps} | found
+    row["shared"] = meta.shared
+    return row | {"warps_per_sm": warps_on_a_sm(row)}
+
+
+def launcher(op: str) -> Callable | None:
+    file = op.removesuffix("_backward").removeprefix("joint_").rstrip("_")
+    name = f"fluxkern.kernels.{file}"
+    try:
+        return getattr(import_module(name), op, None)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None
+
+
+def kernel_ops() -> list[str]:
+    """Torch ops with a Triton launcher; the joint form where there is one: same kernels."""
+    from fluxkern.ops import _dispatch
+
+    ops = [op for op in _dispatch._allocators if launcher(op)]
+    return [op for op in ops if f"joint_{op}" not in ops]
+
+
+GRADIENT_OF = {"dh": "x", "dx_new": "x", "x_new": "x", "dy": "x", "dout": "q", "out": "q"}
+GRADIENT_OF |= {"dq_out": "q", "dk_out": "k"}
+
+
+def arguments(op: str) -> list:
+    """Those of a FLUX-sized call in bf16, on the meta device, in the order of the op's schema."""
+    import torch
+
+    import fluxkern.ops  # noqa: F401  (defines the torch ops)
+    from fluxkern.cases import CASES, SHAPES, Maker
+
+    case = op.removesuffix("_backward")
+    case = "attention_lse" if case == "attention" else case
+    values = CASES[case].inputs(Maker(SHAPES[SHAPE], torch.bfloat16, "meta"))
+    values |= {"eps": 1e-6, "backend": None}
+    for name, of in GRADIENT_OF.items():
+        if of in values:
+            values.setdefault(name, values[of].new_empty(values[of].shape))
+    if "q" in values:
+        lse = values["q"].new_empty(values["q"].shape[:3], dtype=torch.float32)
+        values |= {"lse": lse, "dlse": lse}
+    elif "txt_q" in values:
+        joint = values["txt_q"].shape[1] + values["img_q"].shape[1]
+        shape = (values["txt_q"].shape[0], joint, *values["txt_q"].shape[2:])
+        values |= {"dq_out": values["txt_q"].new_empty(shape)}
+        values |= {"dk_out": values["dq_out"]}
+    schema = getattr(torch.ops.fluxkern, op).default._schema
+    return [values[argument.name] for argument in schema.arguments]
+
+
+def launch(op: str, args: list) -> None:
+    from fluxkern.ops import _dispatch
+
+    out = _dispatch._allocators[op](*args)
+    outs = () if out is None else out if isinstance(out, tuple) else (out,)
+    launcher(op)(*args[:-1], *outs)
+
+
+def rows_of(arch: int, ops: list[str], only: str | None = None) -> list[dict[str, Any]]:
+    """A row a kernel, as it is launched first."""
+    rows, seen = [], set()
+    with launches_compiled_only(arch) as compiled:
+        for op in ops:
+            done = len(compiled)
+            launch(op, arguments(op))
+            for kernel in compiled[done:]:
+                name = kernel.metadata.name
+                if name not in seen and only in (None, name):
+                    seen.add(name)
+                    rows.append(read_compiled(kernel, arch, op))
+    return rows
+
+
+def all_rows(only: str | None = None) -> list[dict[str, Any]]:
+    """Of every kernel for every architecture, two processes at a time."""
+    ops = kernel_ops()
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        found = pool.map(partial(rows_of, ops=ops, only=only), ARCHS)
+        return [row for rows in found for row in rows]
+
+
+# kernels that must not pass
+
+
+def planted_rows(arch: int = 90) -> list[dict[str, Any]]:
+    """A backward with a row of 3072 in one warp, which spills; a norm whose x is off by one."""
+    from fluxkern.kernels import _rows
+
+    op = "joint_gated_residual_norm_modulate_backward"
+    one_warp = {"C": 3072, "BLOCK_C": 1024, "num_warps": 1}
+    with patch.object(_rows, "row_config", lambda C: one_warp):
+        with launches_compiled_only(arch) as spilling:
+            launch(op, arguments(op))
+    op = "joint_norm_modulate"
+    x, *rest = arguments(op)
+    with launches_compiled_only(arch) as scalar:
+        launch(op, [x.new_empty(*x.shape[:2], x.shape[2] + 1)[..., 1:], *rest])
+    return [read_compiled(kernel, arch, "planted") for kernel in (spilling[0], scalar[0])]
+
+
+# CUDA
+
+
+def object_rows(file: Path) -> list[dict[str, Any]]:
+    """Of every function and architecture in a compiled object; warps are not known here."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [tool("cuobjdump"), "-xelf", "all", str(file.resolve())],
+            check=True,
+            capture_output=True,
+            cwd=folder,
+        )
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            arch = int(re.search(r"sm_(\d+)", cubin.name)[1])
+            for name, found in read_cubin(cubin).items():
+                rows.append({"kernel": name, "arch": arch} | found)
+    return rows
+
+
+# the budget of a kernel
+
+
+def violations(row: dict[str, Any], budget: dict[str, Any]) -> list[str]:
+    """What `row` breaks of its entry in budgets.json; a sentence each.
+
+    An entry holds upper limits `registers`, `shared`, `narrow_loads`, `narrow_stores` (0 unless
+    given), lower limits `loads`, `stores`, `tma`, `warps_per_sm`, the `tensor_cores`, and under
+    `sm_<arch>` what differs there. Spills and stack are always refused.
+    """
+    limits = {"spills": 0, "stack": 0, "narrow_loads": 0, "narrow_stores": 0} | budget
+    limits |= budget.get(f"sm_{row['arch']}", {})
+    upper = ("spills", "stack", "registers", "shared", "narrow_loads", "narrow_stores")
+    lower = ("loads", "stores", "tma", "warps_per_sm")
+    where = f"{row['kernel']} on sm_{row['arch']}"
+    found = [
+        f"{where}: {name} must be <= {limits[name]}, got {row[name]}"
+        for name in upper
+        if name in limits and row[name] > limits[name]
+    ]
+    found += [
+        f"{where}: {name} must be >= {limits[name]}, got {row[name]}"
+        for name in lower
+        if name in limits and row[name] < limits[name]
+    ]
+    cores = limits.get("tensor_cores", [])
+    if row["tensor_cores"] != cores:
+        found.append(f"{where}: tensor_cores must be {cores}, got {row['tensor_cores']}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", help="name of one Triton kernel")
+    parser.add_argument("--json", action="store_true", help="rows as JSON instead of a table")
+    parser.add_argument("--planted", action="store_true", help="the kernels that must not pass")
+    parser.add_argument("--object", type=Path, help="read this CUDA object instead")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is set: interpreted kernels have no machine code")
+    if args.object:
+        rows = object_rows(args.object)
+    else:
+        rows = planted_rows() if args.planted else all_rows(args.only)
+    if args.json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(*(f"{key}={value}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
