@@ -1,0 +1,80 @@
+// x_new = x + gate * y; h = layer_norm(x_new) * (1 + scale) + shift; and the backward of both.
+// Grid: forward a block a token, the row in registers; backward a block a strip of tokens.
+// Bytes: forward 4 B L C elements; backward 6 B L C, and fp32 partial sums of about 1/20 of it.
+// Accumulation: fp32; x_new is rounded to its dtype before the norm; sums in a fixed order.
+// Limits: B * L < 2^31; rows beyond C = 8192, of odd C or misaligned are read again, not kept.
+#include "norm.cuh"
+#include "strips.cuh"
+
+namespace fluxkern::cuda {
+namespace {
+
+template <class T, int VECTORS>
+__global__ void __launch_bounds__(threads_of(VECTORS), VECTORS == 1 ? 3 : 2)
+    gated_residual_norm_modulate_kernel(Tokens x, Tokens y, Rows txt_gate, Rows txt_scale,
+                                        Rows txt_shift, Rows img_gate, Rows img_scale,
+                                        Rows img_shift, Tokens x_new, Tokens h, Sizes sizes,
+                                        float eps) {
+    const Share<T, VECTORS> share = {int(sizes.C)};
+    const Place at = place_of_block(sizes);
+    const T* gate = row_of<const T>(at.txt ? txt_gate : img_gate, at.b);
+    T* const stream = row_of<T>(x_new, at.b, at.l);
+    Kept<T, VECTORS> row = {stream, {}};
+    share.each_tile([&](int tile) {
+        Vec sum = share.load(row_of<const T>(x, at.b, at.l), tile);
+        const Vec branch = share.load(row_of<const T>(y, at.b, at.l), tile);
+        const Vec g = share.load(gate, tile);
+        for (int i = 0; i < WIDTH; ++i) sum[i] += g[i] * branch[i];
+        share.store(stream, tile, sum);
+        row.keep(tile, pack<T>(sum));
+    });
+    write_norm_modulate(share, row, row_of<const T>(at.txt ? txt_scale : img_scale, at.b),
+                        row_of<const T>(at.txt ? txt_shift : img_shift, at.b),
+                        row_of<T>(h, at.b, at.l), eps);
+}
+
+template <class T, int VECTORS>
+__global__ void __launch_bounds__(threads_of(VECTORS), sizeof(T) == 2 && VECTORS == 1 ? 2 : 1)
+    gated_residual_norm_modulate_backward_kernel(Tokens dx_new, Tokens dh, Tokens x_new, Tokens y,
+                                                 Rows txt_gate, Rows txt_scale, Rows img_gate,
+                                                 Rows img_scale, Tokens dx, Tokens dy,
+                                                 float* scratch, Strips strips, Sizes sizes,
+                                                 float eps) {
+    const Share<T, VECTORS> share = {int(sizes.C)};
+    const Strip strip = strip_of_block(strips, sizes);
+    const T* gate = row_of<const T>(strip.txt ? txt_gate : img_gate, strip.b);
+    const T* scale = row_of<const T>(strip.txt ? txt_scale : img_scale, strip.b);
+    Sums<T, VECTORS, 3> sums(share, scratch);
+    for (int64_t l = strip.first; l < strip.end; ++l) {
+        const int64_t b = not_hoisted(strip.b);
+        const auto x_row = read_row(share, row_of<const T>(x_new, b, l));
+        const auto dh_row = read_row(share, row_of<const T>(dh, b, l));
+        const NormGradient gradient = gradient_of(share, x_row, dh_row, scale, eps);
+        share.each_tile([&](int tile) {
+            const Vec row = x_row.at(share, tile), g = dh_row.at(share, tile);
+            const Vec m = share.load(scale, tile);
+            Vec out = share.load(row_of<const T>(dx_new, b, l), tile), scaled;
+            for (int i = 0; i < WIDTH; ++i) {
+                out[i] += gradient.dx(row[i], g[i] * (1 + m[i]));
+                scaled[i] = g[i] * gradient.normed(row[i]);
+            }
+            share.store(row_of<T>(dx, b, l), tile, out);
+            sums.add(share, 1, tile, scaled);
+            sums.add(share, 2, tile, g);
+            const Vec branch = share.load(row_of<const T>(y, b, l), tile);
+            const Vec gates = share.load(gate, tile);
+            Vec branch_out, product;
+            for (int i = 0; i < WIDTH; ++i) {
+                branch_out[i] = gates[i] * out[i];
+                product[i] = out[i] * branch[i];
+            }
+            share.store(row_of<T>(dy, b, l), tile, branch_out);
+            sums.add(share, 0, tile, product);
+        });
+    }
+    sums.write(share);
+}
+
+}  // namespace
+
+}  // namespace fluxkern::cuda

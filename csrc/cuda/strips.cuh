@@ -1,0 +1,131 @@
+// Sums over the tokens of one stream: strips of rows that cross neither a batch element nor the
+// border of text and image, one block and one row of fp32 partial sums each, added in order.
+#pragma once
+
+#include "common.cuh"
+
+namespace fluxkern::cuda {
+
+struct Strips {
+    int rows, txt, img;  // tokens a strip; strips of a batch element's text and image
+
+    __host__ __device__ int64_t in_all(int64_t B) const {
+        return B * (txt + img);
+    }
+};
+
+// As many strips as keep a GPU busy, about two blocks a multiprocessor.
+inline Strips strips_of(const Sizes& sizes, const Context& context) {
+    const int64_t wanted = 2 * int64_t(context.multiprocessors);
+    const int64_t tokens = sizes.B * sizes.L, rows = tokens > wanted ? (tokens + wanted - 1) / wanted : 1;
+    const int64_t txt = (sizes.txt_len + rows - 1) / rows;
+    const int64_t img = (sizes.L - sizes.txt_len + rows - 1) / rows;
+    return {int(rows), int(txt), int(img)};
+}
+
+struct Strip {
+    int64_t b, first, end;  // tokens
+    bool txt;
+};
+
+__device__ inline Strip strip_of_block(const Strips& strips, const Sizes& sizes) {
+    const unsigned each = unsigned(strips.txt + strips.img);
+    const int64_t b = blockIdx.x / each, s = blockIdx.x % each;
+    const bool txt = s < strips.txt;
+    const int64_t first = txt ? s * strips.rows : sizes.txt_len + (s - strips.txt) * strips.rows;
+    const int64_t border = txt ? sizes.txt_len : sizes.L, end = first + strips.rows;
+    return {b, first, end < border ? end : border, txt};
+}
+
+// Inside a loop: the compiler may not keep what follows from b in registers of its own.
+__device__ inline int64_t not_hoisted(int64_t b) {
+    asm volatile("" : "+l"(b));
+    return b;
+}
+
+// N sums a column, [N, C] of this block: in registers, or without VECTORS in scratch memory.
+template <class T, int VECTORS, int N>
+struct Sums {
+    float* const partial;  // [N, C]
+    Vec registers[N][VECTORS > 0 ? VECTORS : 1];
+
+    __device__ Sums(const Share<T, VECTORS>& share, float* scratch)
+        : partial(scratch + int64_t(blockIdx.x) * N * share.C), registers{} {
+        if constexpr (VECTORS == 0) {
+            for (int n = 0; n < N; ++n) {
+                share.each_tile([&](int tile) { share.store(at(share, n), tile, Vec{}); });
+            }
+        }
+    }
+    __device__ float* at(const Share<T, VECTORS>& share, int n) const {
+        return partial + int64_t(n) * share.C;
+    }
+    __device__ void add(const Share<T, VECTORS>& share, int n, int tile, const Vec& v) {
+        Vec sum = {};
+        if constexpr (VECTORS > 0) sum = registers[n][tile];
+        if constexpr (VECTORS == 0) sum = share.load(at(share, n), tile);
+        for (int i = 0; i < WIDTH; ++i) sum[i] += v[i];
+        if constexpr (VECTORS > 0) registers[n][tile] = sum;
+        if constexpr (VECTORS == 0) share.store(at(share, n), tile, sum);
+    }
+    __device__ void write(const Share<T, VECTORS>& share) const {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            if constexpr (VECTORS > 0) {
+                share.each_tile([&](int i) { share.store(at(share, n), i, registers[n][i]); });
+            }
+        }
+    }
+};
+
+template <int N>
+struct StreamGradients {  // without data: not asked for
+    Rows txt[N], img[N];
+};
+
+constexpr int SUM_COLUMNS = WARP, SUM_SLICES = 8;
+
+struct SumStorage {
+    float slices[SUM_SLICES][SUM_COLUMNS];
+};
+
+// Adds the strips of one batch element, stream and vector; SUM_SLICES threads a column.
+template <class T, int N>
+__global__ void __launch_bounds__(SUM_COLUMNS * SUM_SLICES, 4)
+    sum_strips_kernel(const float* scratch, Strips strips, StreamGradients<N> out, int C) {
+    const unsigned tiles = (unsigned(C) + SUM_COLUMNS - 1) / SUM_COLUMNS;
+    const int64_t b = blockIdx.x / (tiles * 2 * N);
+    const int which = blockIdx.x / tiles % (2 * N), n = which % N;
+    const bool txt = which < N;
+    const int column = blockIdx.x % tiles * SUM_COLUMNS + threadIdx.x % SUM_COLUMNS;
+    const int slice = threadIdx.x / SUM_COLUMNS;
+    const int first = txt ? 0 : strips.txt, end = txt ? strips.txt : strips.txt + strips.img;
+    const float* partial = scratch + (b * (strips.txt + strips.img) * N + n) * C + column;
+    float sum = 0;
+#pragma unroll 4
+    for (int s = first + slice; s < end && column < C; s += SUM_SLICES) {
+        sum += partial[int64_t(s) * N * C];
+    }
+    SumStorage& storage = shared<SumStorage>();
+    storage.slices[slice][threadIdx.x % SUM_COLUMNS] = sum;
+    __syncthreads();
+    Rows rows = {};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (i == n) rows = txt ? out.txt[i] : out.img[i];
+    }
+    if (slice != 0 || column >= C || rows.data == nullptr) return;
+    sum = 0;
+    for (int i = 0; i < SUM_SLICES; ++i) sum += storage.slices[i][threadIdx.x];
+    row_of<T>(rows, b)[column] = T(sum);
+}
+
+template <class T, int N>
+cudaError_t sum_strips(const Context& context, const float* scratch, const Strips& strips,
+                       const StreamGradients<N>& out, const Sizes& sizes) {
+    const int64_t tiles = (sizes.C + SUM_COLUMNS - 1) / SUM_COLUMNS;
+    return launch(context, sum_strips_kernel<T, N>, sizes.B * 2 * N * tiles,
+                  SUM_COLUMNS * SUM_SLICES, sizeof(SumStorage), scratch, strips, out, int(sizes.C));
+}
+
+}  // namespace fluxkern::cuda

@@ -1,0 +1,122 @@
+// What a .cu file finds instead of the toolkit's cuda_runtime.h when g++ compiles it for a CPU:
+//
+//   g++ -std=c++20 -O2 -Wno-unknown-pragmas -DFLUXKERN_HOST -Icsrc/host -isystem $CUDA_HOME/include -x c++ csrc/cuda/*.cu
+//
+// together with csrc/host/device.cpp and csrc/bindings_cuda.cpp. cuda_bf16.h, cuda_fp16.h and the
+// vector types are the toolkit's own. Shared memory is dynamic only: it lies on the heap, exactly as
+// large as the launch says, new for each block and filled with NaN.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <tuple>
+#include <utility>
+
+#include "device.h"
+
+#undef __shared__
+#define __shared__ static_assert(false, "use shared<T>() of csrc/cuda/common.cuh");
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+namespace fluxkern::host {
+
+template <uint3 Thread::*FIELD, unsigned uint3::*AXIS>
+struct Coordinate {
+    operator unsigned() const {
+        return self().*FIELD.*AXIS;
+    }
+};
+
+template <uint3 Thread::*FIELD>
+struct Index {
+    Coordinate<FIELD, &uint3::x> x;
+    Coordinate<FIELD, &uint3::y> y;
+    Coordinate<FIELD, &uint3::z> z;
+};
+
+}  // namespace fluxkern::host
+
+using fluxkern::host::Site;
+
+inline constexpr fluxkern::host::Index<&fluxkern::host::Thread::index> threadIdx = {};
+inline constexpr fluxkern::host::Index<&fluxkern::host::Thread::block_index> blockIdx = {};
+inline constexpr fluxkern::host::Index<&fluxkern::host::Thread::block_dim> blockDim = {};
+inline constexpr fluxkern::host::Index<&fluxkern::host::Thread::grid_dim> gridDim = {};
+
+inline void __syncthreads(Site site = Site::here()) {
+    fluxkern::host::block_barrier(site);
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffff, Site site = Site::here()) {
+    fluxkern::host::warp_barrier(mask, site);
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int = 32, Site site = Site::here()) {
+    static_assert(sizeof(T) <= 8);
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof(T));
+    bits = fluxkern::host::exchange(mask, source & 31, bits, site);
+    std::memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+
+// The source lane lies in the same group of `width` lanes, else a lane keeps its own value.
+template <class T>
+T shuffle_within(unsigned mask, T value, int source, int width, Site site) {
+    const int lane = fluxkern::host::lane();
+    const bool inside = source >= 0 && source / width == lane / width;
+    return __shfl_sync(mask, value, inside ? source : lane, 32, site);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, Site site = Site::here()) {
+    return shuffle_within(mask, value, fluxkern::host::lane() ^ bits, width, site);
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int by, int width = 32, Site site = Site::here()) {
+    return shuffle_within(mask, value, fluxkern::host::lane() + by, width, site);
+}
+
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int by, int width = 32, Site site = Site::here()) {
+    return shuffle_within(mask, value, fluxkern::host::lane() - by, width, site);
+}
+
+inline float rsqrtf(float x) {
+    return 1 / std::sqrt(x);
+}
+
+inline float __expf(float x) {
+    return std::exp(x);
+}
+
+inline float __fdividef(float x, float y) {
+    return x / y;
+}
+
+inline float __frcp_rn(float x) {
+    return 1 / x;
+}
+
+using std::max;
+using std::min;
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+    const std::tuple<Parameters...> given(std::forward<Arguments>(arguments)...);
+    return fluxkern::host::launch(*config, reinterpret_cast<const void*>(kernel),
+                                  [&] { std::apply(kernel, given); });
+}
+
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+    return fluxkern::host::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+}

@@ -1,0 +1,412 @@
+#include "device.h"
+
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
+
+#if defined(__SANITIZE_THREAD__)
+constexpr bool SEES_RACES = true;
+#else
+constexpr bool SEES_RACES = false;
+#endif
+
+// What the layer itself reads and writes is no part of the kernels that TSan looks at.
+#define UNSEEN __attribute__((no_sanitize("thread")))
+
+namespace fluxkern::host {
+namespace {
+
+constexpr size_t PAGE = 4096;
+constexpr int MAX_THREADS = 1024;
+constexpr size_t MAX_TSAN_FIBERS = 7000;  // TSan counts to 8128; blocks further apart race unseen
+constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
+constexpr size_t SHARED_AT_MOST = 227 << 10;  // sm_90, sm_100
+
+// Saves the registers that a function must keep, changes the stack and takes back those left there.
+extern "C" void fluxkern_host_switch(void** save, void* load);
+asm(R"(
+.text
+.globl fluxkern_host_switch
+.hidden fluxkern_host_switch
+.type fluxkern_host_switch, @function
+fluxkern_host_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size fluxkern_host_switch, .-fluxkern_host_switch
+)");
+
+struct Scheduler {  // the context that hands out turns
+    void* stack_pointer;
+    void* asan_stack;
+    const void* stack_bottom;
+    size_t stack_size;
+    void* tsan_fiber;
+};
+
+Scheduler scheduler;
+const std::function<void()>* kernel_body;
+char launch_end;         // TSan: what all threads of a launch did before its end
+char block_released[2];  // TSan: before a barrier, by the barrier's parity
+int block_phase;
+std::mutex one_launch;
+std::string message;
+std::vector<void*> tsan_fibers;  // of the launch: TSan takes a later fiber for one destroyed
+std::map<const void*, int> allowed_shared;
+
+// sanitizers
+
+UNSEEN void release([[maybe_unused]] char* point) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(point);
+#endif
+}
+
+UNSEEN void acquire([[maybe_unused]] char* point) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(point);
+#endif
+}
+
+UNSEEN void change_stack(void** save, void* load, [[maybe_unused]] void** asan_save,
+                         [[maybe_unused]] const void* bottom, [[maybe_unused]] size_t size,
+                         [[maybe_unused]] void* tsan_fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(asan_save, bottom, size);
+#endif
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(tsan_fiber, __tsan_switch_to_fiber_no_sync);
+#endif
+    fluxkern_host_switch(save, load);
+}
+
+UNSEEN void after_change([[maybe_unused]] void* asan_stack) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(asan_stack, nullptr, nullptr);
+#endif
+}
+
+// turns
+
+UNSEEN char* stack_of(Thread& thread) {
+    return reinterpret_cast<char*>(&thread + 1) - STACK;
+}
+
+UNSEEN void back_to_scheduler(Thread& thread) {
+    void** const asan_save = thread.state == State::done ? nullptr : &thread.asan_stack;
+    change_stack(&thread.stack_pointer, scheduler.stack_pointer, asan_save, scheduler.stack_bottom,
+                 scheduler.stack_size, scheduler.tsan_fiber);
+    after_change(thread.asan_stack);
+}
+
+UNSEEN void first_turn() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack_bottom, &scheduler.stack_size);
+#endif
+    (*kernel_body)();
+    release(&launch_end);
+    self().state = State::done;
+    back_to_scheduler(self());
+    std::abort();  // a thread that is done gets no turn
+}
+
+UNSEEN void give_turn(Thread& thread) {
+    change_stack(&scheduler.stack_pointer, thread.stack_pointer, &scheduler.asan_stack,
+                 stack_of(thread), STACK, thread.tsan_fiber);
+    after_change(scheduler.asan_stack);
+}
+
+UNSEEN void wait(State state, Site site) {
+    Thread& thread = self();
+    thread.state = state;
+    thread.site = site;
+    back_to_scheduler(thread);
+}
+
+// the threads of a block
+
+// One stack a thread, its lowest page out of bounds; made once.
+UNSEEN Thread& thread_at(int i) {
+    static char* const stacks = [] {
+        const size_t size = (MAX_THREADS + 1) * STACK;
+        void* const all = mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (all == MAP_FAILED) std::abort();
+        const auto start = (reinterpret_cast<uintptr_t>(all) + STACK - 1) & ~(STACK - 1);
+        char* const first = reinterpret_cast<char*>(start);
+        for (int i = 0; i < MAX_THREADS; ++i) mprotect(first + i * STACK, PAGE, PROT_NONE);
+        return first;
+    }();
+    return reinterpret_cast<Thread*>(stacks + (i + 1) * STACK)[-1];
+}
+
+UNSEEN void prepare(Thread& thread) {
+    auto top = reinterpret_cast<uintptr_t>(&thread) & ~uintptr_t(63);
+    void** const frame = reinterpret_cast<void**>(top) - 8;  // 6 registers, the entry, its return
+    for (int i = 0; i < 8; ++i) frame[i] = nullptr;
+    frame[6] = reinterpret_cast<void*>(&first_turn);
+    thread.stack_pointer = frame;
+    thread.asan_stack = nullptr;
+    thread.state = State::ready;
+    thread.parity = false;
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack_of(thread) + PAGE, STACK - PAGE);
+#endif
+#if defined(__SANITIZE_THREAD__)
+    thread.tsan_fiber = tsan_fibers.emplace_back(__tsan_create_fiber(0));
+#endif
+}
+
+UNSEEN void destroy_tsan_fibers() {
+#if defined(__SANITIZE_THREAD__)
+    for (void* fiber : tsan_fibers) __tsan_destroy_fiber(fiber);
+#endif
+    tsan_fibers.clear();
+}
+
+UNSEEN uint3 unravel(int64_t i, dim3 sizes) {
+    const unsigned x = i % sizes.x, y = i / sizes.x % sizes.y, z = i / sizes.x / sizes.y;
+    return {x, y, z};
+}
+
+UNSEEN int64_t volume(dim3 sizes) {
+    return int64_t(sizes.x) * sizes.y * sizes.z;
+}
+
+// barriers
+
+UNSEEN bool same_wait(const Thread& a, const Thread& b) {
+    return a.state == b.state && a.site.line == b.site.line && a.mask == b.mask &&
+           std::strcmp(a.site.file, b.site.file) == 0;
+}
+
+UNSEEN bool open_block_barrier(int threads) {
+    for (int i = 0; i < threads; ++i) {
+        const Thread& thread = thread_at(i);
+        if (thread.state != State::at_block_barrier || !same_wait(thread, thread_at(0))) {
+            return false;
+        }
+    }
+    for (int i = 0; i < threads; ++i) thread_at(i).state = State::ready;
+    ++block_phase;
+    return true;
+}
+
+// The lanes that `thread` waits for are there, at the same place: they exchange and go on.
+UNSEEN bool open_warp_barrier(Thread& thread, int threads) {
+    if (thread.state != State::at_warp_barrier && thread.state != State::at_exchange) return false;
+    const int first = thread.linear / WARP * WARP;
+    const int lanes = std::min(WARP, threads - first);
+    uint64_t values[WARP];
+    uint32_t parities = 0;
+    for (int l = 0; l < lanes; ++l) {
+        const Thread& other = thread_at(first + l);
+        if ((thread.mask >> l & 1) && !same_wait(thread, other)) return false;
+        values[l] = other.value;
+        parities |= uint32_t(other.parity) << l;
+    }
+    const uint32_t mask = thread.mask;
+    const bool barrier = thread.state == State::at_warp_barrier;
+    for (int l = 0; l < lanes; ++l) {
+        if (!(mask >> l & 1)) continue;
+        Thread& other = thread_at(first + l);
+        const bool there = other.source < lanes && (mask >> other.source & 1);
+        if (!barrier) other.value = there ? values[other.source] : ~uint64_t(0);
+        other.parities = parities;
+        if (barrier) other.parity = !other.parity;
+        other.state = State::ready;
+    }
+    return true;
+}
+
+UNSEEN std::string place(const Thread& thread) {
+    static const char* const names[] = {"runs", "waits in __syncthreads", "waits in __syncwarp",
+                                        "waits in a shuffle", "has ended"};
+    std::string text = names[int(thread.state)];
+    if (thread.state == State::done) return text;
+    return text + " at " + thread.site.file + ":" + std::to_string(thread.site.line);
+}
+
+// Two threads of a block or warp, of which one waits and the other is elsewhere or done.
+UNSEEN std::string divergence(int threads) {
+    int waiting = 0;
+    while (thread_at(waiting).state == State::done) ++waiting;
+    const Thread& first = thread_at(waiting);
+    const bool block = first.state == State::at_block_barrier;
+    const int begin = block ? 0 : waiting / WARP * WARP;
+    const int end = block ? threads : std::min(begin + WARP, threads);
+    std::string text = "divergent barrier: thread " + std::to_string(waiting) + " " + place(first);
+    for (int i = begin; i < end; ++i) {
+        const bool expected = block || (first.mask >> (i - begin) & 1);
+        if (expected && !same_wait(first, thread_at(i))) {
+            return text + ", thread " + std::to_string(i) + " " + place(thread_at(i));
+        }
+    }
+    return text + ", which its mask leaves out";
+}
+
+// a block, a launch
+
+UNSEEN bool backwards() {
+    const char* const value = std::getenv("FLUXKERN_HOST_REVERSE");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+}
+
+// Gives turns until all threads are done; false when they wait for each other forever.
+UNSEEN bool run_threads(int threads, bool reverse) {
+    for (;;) {
+        int done = 0;
+        for (int i = 0; i < threads; ++i) {
+            Thread& thread = thread_at(reverse ? threads - 1 - i : i);
+            if (thread.state == State::ready) give_turn(thread);
+            done += thread.state == State::done;
+        }
+        if (done == threads) return true;
+        bool opened = open_block_barrier(threads);
+        for (int i = 0; i < threads; ++i) opened |= open_warp_barrier(thread_at(i), threads);
+        if (!opened) return false;
+    }
+}
+
+using SharedMemory = std::unique_ptr<void, decltype(&std::free)>;
+
+UNSEEN SharedMemory new_shared(size_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, bytes ? bytes : 1) != 0) std::abort();
+    std::memset(memory, 0xff, bytes);  // NaN in every float type
+    return {memory, &std::free};
+}
+
+UNSEEN bool run_block(const cudaLaunchConfig_t& config, uint3 block_index, void* shared,
+                      bool reverse) {
+    const int threads = int(volume(config.blockDim));
+    block_phase = 0;
+    if (tsan_fibers.size() > MAX_TSAN_FIBERS) destroy_tsan_fibers();
+    for (int i = 0; i < threads; ++i) {
+        Thread& thread = thread_at(i);
+        thread.index = unravel(i, config.blockDim);
+        thread.linear = i;
+        thread.block_dim = {config.blockDim.x, config.blockDim.y, config.blockDim.z};
+        thread.grid_dim = {config.gridDim.x, config.gridDim.y, config.gridDim.z};
+        thread.block_index = block_index;
+        thread.shared = shared;
+        prepare(thread);
+    }
+    const bool finished = run_threads(threads, reverse);
+    if (!finished) message = divergence(threads);
+    return finished;
+}
+
+std::string refused(const cudaLaunchConfig_t& config, const void* kernel) {
+    const dim3 grid = config.gridDim, block = config.blockDim;
+    const int64_t threads = volume(block);
+    if (threads < 1 || threads > MAX_THREADS) return std::to_string(threads) + " threads a block";
+    if (volume(grid) < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
+        return "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
+               std::to_string(grid.z);
+    }
+    const auto found = allowed_shared.find(kernel);
+    const size_t allowed = found == allowed_shared.end() ? SHARED_WITHOUT_ASKING : found->second;
+    if (config.dynamicSmemBytes <= allowed) return "";
+    return std::to_string(config.dynamicSmemBytes) + " bytes of shared memory, allowed are " +
+           std::to_string(allowed);
+}
+
+}  // namespace
+
+UNSEEN void block_barrier(Site site) {
+    char* const point = &block_released[block_phase & 1];  // the other one while this opens
+    self().mask = 0;
+    release(point);
+    wait(State::at_block_barrier, site);
+    acquire(point);
+}
+
+UNSEEN void warp_barrier(uint32_t mask, Site site) {
+    Thread& thread = self();
+    thread.mask = mask;
+    release(&thread.released[thread.parity]);
+    wait(State::at_warp_barrier, site);
+    const int first = thread.linear / WARP * WARP;
+    for (int l = 0; l < WARP; ++l) {
+        if (mask >> l & 1) acquire(&thread_at(first + l).released[thread.parities >> l & 1]);
+    }
+}
+
+// No order of memory comes with a shuffle, so TSan is told of none.
+UNSEEN uint64_t exchange(uint32_t mask, int source_lane, uint64_t value, Site site) {
+    Thread& thread = self();
+    thread.mask = mask;
+    thread.source = source_lane;
+    thread.value = value;
+    wait(State::at_exchange, site);
+    return thread.value;
+}
+
+UNSEEN cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                          const std::function<void()>& body) {
+    const std::lock_guard lock(one_launch);
+    message = refused(config, kernel);
+    if (!message.empty()) return cudaErrorInvalidConfiguration;
+    kernel_body = &body;
+#if defined(__SANITIZE_THREAD__)
+    scheduler.tsan_fiber = __tsan_get_current_fiber();
+#endif
+    const bool reverse = backwards();
+    const int64_t blocks = volume(config.gridDim);
+    std::vector<SharedMemory> used;  // TSan: freed when all threads have come to the end
+    bool finished = true;
+    for (int64_t i = 0; i < blocks && finished; ++i) {
+        if (!SEES_RACES) used.clear();
+        used.push_back(new_shared(config.dynamicSmemBytes));
+        const uint3 index = unravel(reverse ? blocks - 1 - i : i, config.gridDim);
+        finished = run_block(config, index, used.back().get(), reverse);
+    }
+    acquire(&launch_end);
+    destroy_tsan_fibers();
+    return finished ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+cudaError_t allow_shared(const void* kernel, int bytes) {
+    if (bytes < 0 || size_t(bytes) > SHARED_AT_MOST) return cudaErrorInvalidValue;
+    allowed_shared[kernel] = bytes;
+    return cudaSuccess;
+}
+
+const char* why(cudaError_t error) {
+    if (message.empty()) message = "CUDA error " + std::to_string(int(error));
+    return message.c_str();
+}
+
+}  // namespace fluxkern::host
+
+extern "C" const char* cudaGetErrorString(cudaError_t error) {
+    return fluxkern::host::why(error);
+}

@@ -1,0 +1,64 @@
+// The threads of a CUDA block, run one after the other by a CPU: each has a stack of its own and
+// runs until it waits for others. Tests only; x86-64 Linux.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace fluxkern::host {
+
+constexpr int WARP = 32;
+constexpr size_t STACK = size_t(1) << 18;  // bytes, a power of two; lies at a multiple of itself
+
+struct Site {  // where a thread waits, or where nobody does
+    const char* file = nullptr;
+    int line = 0;
+
+    static Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
+};
+
+enum class State { ready, at_block_barrier, at_warp_barrier, at_exchange, done };
+
+struct Thread {  // at the top of its own stack
+    uint3 index, block_index, block_dim, grid_dim;
+    int linear;
+    void* shared;
+    State state;
+    Site site;
+    uint32_t mask;    // lanes that a warp waits for
+    int source;       // lane whose value this one asks for
+    uint64_t value;   // its own before an exchange, the source's after it
+    void* stack_pointer;
+    void* asan_stack;
+    void* tsan_fiber;
+    bool parity;      // which of the two release points below the next barrier of the warp takes
+    uint32_t parities;  // those the lanes of the barrier just left have taken
+    char released[2];
+};
+
+// The thread that runs, found by its stack: no global that TSan would see written by all.
+inline Thread& self() {
+    const auto frame = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
+    return reinterpret_cast<Thread*>((frame & ~(STACK - 1)) + STACK)[-1];
+}
+
+inline int lane() {
+    return self().linear % WARP;
+}
+
+void block_barrier(Site site);
+void warp_barrier(uint32_t mask, Site site);
+uint64_t exchange(uint32_t mask, int source_lane, uint64_t value, Site site);
+
+// What the kernel asked for and did, checked as a GPU would.
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& body);
+cudaError_t allow_shared(const void* kernel, int bytes);
+const char* why(cudaError_t error);
+
+}  // namespace fluxkern::host
