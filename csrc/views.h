@@ -1,4 +1,4 @@
-// Tensors as every kernel takes them: pointers, sizes and strides in elements, without torch.
+// What a kernel knows of its tensors: pointers, sizes and strides in elements; no torch.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +12,13 @@ struct Tokens {  // [B, L, C], last axis contiguous
     int64_t stride_b, stride_l;
 };
 
-struct Rows {  // [B, C], last axis contiguous
+struct Rows {  // [B, C], last axis contiguous; no data: a gradient that nobody asked for
     void* data;
     int64_t stride_b;
 };
 
 struct Sizes {
-    int64_t B, L, C;
-    int64_t txt_len;  // the first tokens, which take the text vectors
+    int64_t B, L, C, txt_len;  // the first txt_len tokens take the text vectors
 };
 
 }  // namespace fluxkern
