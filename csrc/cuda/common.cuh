@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <utility>
 
 #include "kernels.h"
@@ -225,20 +226,23 @@ __device__ void block_sum(float (&v)[N], float (&slots)[N][WARP]) {
 
 // launches
 
-inline bool aligned(DType) {
-    return true;
+inline bool at_16_bytes(const void* data, std::initializer_list<int64_t> strides, DType dtype) {
+    bool all = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    for (const int64_t stride : strides) all &= stride * (dtype == DType::f32 ? 4 : 2) % 16 == 0;
+    return all;
 }
 
-template <class... More>
-bool aligned(DType dtype, const Rows& rows, const More&... more) {
-    const int64_t bytes = dtype == DType::f32 ? 4 : 2;
-    return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride_b * bytes % 16 == 0 &&
-           aligned(dtype, more...);
+inline bool at_16_bytes(const Rows& x, DType dtype) {
+    return at_16_bytes(x.data, {x.stride_b}, dtype);
 }
 
-template <class... More>
-bool aligned(DType dtype, const Tokens& x, const More&... more) {
-    return aligned(dtype, Rows{x.data, x.stride_b}, Rows{x.data, x.stride_l}, more...);
+inline bool at_16_bytes(const Tokens& x, DType dtype) {
+    return at_16_bytes(x.data, {x.stride_b, x.stride_l}, dtype);
+}
+
+template <class... Views>
+bool aligned(DType dtype, const Views&... views) {
+    return (at_16_bytes(views, dtype) && ...);
 }
 
 struct Plan {  // of a row

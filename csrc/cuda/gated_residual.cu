@@ -51,4 +51,32 @@ __global__ void __launch_bounds__(threads_of(VECTORS), VECTORS == 1 ? 3 : 2)
 
 }  // namespace
 
+cudaError_t gated_residual(DType dtype, Tokens x, Tokens y, Rows txt_gate, Rows img_gate,
+                           Tokens out, Sizes sizes, const Context& context) {
+    const Plan plan = plan_of(sizes.C, aligned(dtype, x, y, txt_gate, img_gate, out));
+    return with_types(dtype, plan.vectors, [&]<class T, int VECTORS>() {
+        return launch(context, gated_residual_kernel<T, VECTORS>, sizes.B * sizes.L, plan.threads,
+                      0, x, y, txt_gate, img_gate, out, sizes);
+    });
+}
+
+int64_t gated_residual_backward_scratch(Sizes sizes, const Context& context) {
+    return strips_of(sizes, context).in_all(sizes.B) * sizes.C;
+}
+
+cudaError_t gated_residual_backward(DType dtype, Tokens dx_new, Tokens y, Rows txt_gate,
+                                    Rows img_gate, Tokens dy, Rows txt_dgate, Rows img_dgate,
+                                    Sizes sizes, float* scratch, const Context& context) {
+    const Plan plan = plan_of(sizes.C, aligned(dtype, dx_new, y, txt_gate, img_gate, dy));
+    const Strips strips = strips_of(sizes, context);
+    const StreamGradients<1> gradients = {{txt_dgate}, {img_dgate}};
+    return with_types(dtype, plan.vectors, [&]<class T, int VECTORS>() {
+        const cudaError_t error =
+            launch(context, gated_residual_backward_kernel<T, VECTORS>, strips.in_all(sizes.B),
+                   plan.threads, 0, dx_new, y, txt_gate, img_gate, dy, scratch, strips, sizes);
+        if (error != cudaSuccess) return error;
+        return sum_strips<T>(context, scratch, strips, gradients, sizes.B, sizes.B, sizes.C);
+    });
+}
+
 }  // namespace fluxkern::cuda

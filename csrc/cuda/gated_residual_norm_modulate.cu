@@ -77,4 +77,46 @@ __global__ void __launch_bounds__(threads_of(VECTORS), sizeof(T) == 2 && VECTORS
 
 }  // namespace
 
+cudaError_t gated_residual_norm_modulate(DType dtype, Tokens x, Tokens y, Rows txt_gate,
+                                         Rows txt_scale, Rows txt_shift, Rows img_gate,
+                                         Rows img_scale, Rows img_shift, Tokens x_new, Tokens h,
+                                         Sizes sizes, float eps, const Context& context) {
+    const bool vectors = aligned(dtype, x, y, txt_gate, txt_scale, txt_shift, img_gate, img_scale,
+                                 img_shift, x_new, h);
+    const Plan plan = plan_of(sizes.C, vectors);
+    return with_types(dtype, plan.vectors, [&]<class T, int VECTORS>() {
+        return launch(context, gated_residual_norm_modulate_kernel<T, VECTORS>, sizes.B * sizes.L,
+                      plan.threads, sizeof(NormStorage), x, y, txt_gate, txt_scale, txt_shift,
+                      img_gate, img_scale, img_shift, x_new, h, sizes, eps);
+    });
+}
+
+int64_t gated_residual_norm_modulate_backward_scratch(Sizes sizes, const Context& context) {
+    return strips_of(sizes, context).in_all(sizes.B) * 3 * sizes.C;
+}
+
+cudaError_t gated_residual_norm_modulate_backward(DType dtype, Tokens dx_new, Tokens dh,
+                                                  Tokens x_new, Tokens y, Rows txt_gate,
+                                                  Rows txt_scale, Rows img_gate, Rows img_scale,
+                                                  Tokens dx, Tokens dy, Rows txt_dgate,
+                                                  Rows txt_dscale, Rows txt_dshift, Rows img_dgate,
+                                                  Rows img_dscale, Rows img_dshift, Sizes sizes,
+                                                  float eps, float* scratch,
+                                                  const Context& context) {
+    const bool vectors = aligned(dtype, dx_new, dh, x_new, y, txt_gate, txt_scale, img_gate,
+                                 img_scale, dx, dy);
+    const Plan plan = plan_of(sizes.C, vectors);
+    const Strips strips = strips_of(sizes, context);
+    const StreamGradients<3> gradients = {{txt_dgate, txt_dscale, txt_dshift},
+                                          {img_dgate, img_dscale, img_dshift}};
+    return with_types(dtype, plan.vectors, [&]<class T, int VECTORS>() {
+        const cudaError_t error =
+            launch(context, gated_residual_norm_modulate_backward_kernel<T, VECTORS>,
+                   strips.in_all(sizes.B), plan.threads, sizeof(NormStorage), dx_new, dh, x_new, y,
+                   txt_gate, txt_scale, img_gate, img_scale, dx, dy, scratch, strips, sizes, eps);
+        if (error != cudaSuccess) return error;
+        return sum_strips<T>(context, scratch, strips, gradients, sizes.B, sizes.B, sizes.C);
+    });
+}
+
 }  // namespace fluxkern::cuda

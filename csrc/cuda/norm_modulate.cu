@@ -51,4 +51,37 @@ __global__ void __launch_bounds__(threads_of(VECTORS), VECTORS == 1 ? 2 : 1)
 
 }  // namespace
 
+cudaError_t norm_modulate(DType dtype, Tokens x, Rows txt_scale, Rows txt_shift, Rows img_scale,
+                          Rows img_shift, Tokens out, Sizes sizes, float eps,
+                          const Context& context) {
+    const bool vectors = aligned(dtype, x, txt_scale, txt_shift, img_scale, img_shift, out);
+    const Plan plan = plan_of(sizes.C, vectors);
+    return with_types(dtype, plan.vectors, [&]<class T, int VECTORS>() {
+        return launch(context, norm_modulate_kernel<T, VECTORS>, sizes.B * sizes.L, plan.threads,
+                      sizeof(NormStorage), x, txt_scale, txt_shift, img_scale, img_shift, out,
+                      sizes, eps);
+    });
+}
+
+int64_t norm_modulate_backward_scratch(Sizes sizes, const Context& context) {
+    return strips_of(sizes, context).in_all(sizes.B) * 2 * sizes.C;
+}
+
+cudaError_t norm_modulate_backward(DType dtype, Tokens dh, Tokens x, Rows txt_scale, Rows img_scale,
+                                   Tokens dx, Rows txt_dscale, Rows txt_dshift, Rows img_dscale,
+                                   Rows img_dshift, Sizes sizes, float eps, float* scratch,
+                                   const Context& context) {
+    const Plan plan = plan_of(sizes.C, aligned(dtype, dh, x, txt_scale, img_scale, dx));
+    const Strips strips = strips_of(sizes, context);
+    const StreamGradients<2> gradients = {{txt_dscale, txt_dshift}, {img_dscale, img_dshift}};
+    return with_types(dtype, plan.vectors, [&]<class T, int VECTORS>() {
+        const cudaError_t error =
+            launch(context, norm_modulate_backward_kernel<T, VECTORS>, strips.in_all(sizes.B),
+                   plan.threads, sizeof(NormStorage), dh, x, txt_scale, img_scale, dx, scratch,
+                   strips, sizes, eps);
+        if (error != cudaSuccess) return error;
+        return sum_strips<T>(context, scratch, strips, gradients, sizes.B, sizes.B, sizes.C);
+    });
+}
+
 }  // namespace fluxkern::cuda

@@ -17,7 +17,8 @@ struct Strips {
 // As many strips as keep a GPU busy, about two blocks a multiprocessor.
 inline Strips strips_of(const Sizes& sizes, const Context& context) {
     const int64_t wanted = 2 * int64_t(context.multiprocessors);
-    const int64_t tokens = sizes.B * sizes.L, rows = tokens > wanted ? (tokens + wanted - 1) / wanted : 1;
+    const int64_t tokens = sizes.B * sizes.L;
+    const int64_t rows = tokens > wanted ? (tokens + wanted - 1) / wanted : 1;
     const int64_t txt = (sizes.txt_len + rows - 1) / rows;
     const int64_t img = (sizes.L - sizes.txt_len + rows - 1) / rows;
     return {int(rows), int(txt), int(img)};
@@ -89,22 +90,24 @@ struct SumStorage {
     float slices[SUM_SLICES][SUM_COLUMNS];
 };
 
-// Adds the strips of one batch element, stream and vector; SUM_SLICES threads a column.
+// Adds the strips of a stream and vector over `batches` batch elements; SUM_SLICES threads a column.
 template <class T, int N>
 __global__ void __launch_bounds__(SUM_COLUMNS * SUM_SLICES, 4)
-    sum_strips_kernel(const float* scratch, Strips strips, StreamGradients<N> out, int C) {
+    sum_strips_kernel(const float* scratch, Strips strips, StreamGradients<N> out, int batches,
+                      int C) {
     const unsigned tiles = (unsigned(C) + SUM_COLUMNS - 1) / SUM_COLUMNS;
     const int64_t b = blockIdx.x / (tiles * 2 * N);
     const int which = blockIdx.x / tiles % (2 * N), n = which % N;
     const bool txt = which < N;
     const int column = blockIdx.x % tiles * SUM_COLUMNS + threadIdx.x % SUM_COLUMNS;
     const int slice = threadIdx.x / SUM_COLUMNS;
-    const int first = txt ? 0 : strips.txt, end = txt ? strips.txt : strips.txt + strips.img;
-    const float* partial = scratch + (b * (strips.txt + strips.img) * N + n) * C + column;
+    const int each = txt ? strips.txt : strips.img, first = txt ? 0 : strips.txt;
+    const float* partial = scratch + int64_t(n) * C + column;
     float sum = 0;
 #pragma unroll 4
-    for (int s = first + slice; s < end && column < C; s += SUM_SLICES) {
-        sum += partial[int64_t(s) * N * C];
+    for (int i = slice; i < batches * each && column < C; i += SUM_SLICES) {
+        const int64_t element = b * batches + i / each, strip = first + i % each;
+        sum += partial[(element * (strips.txt + strips.img) + strip) * N * C];
     }
     SumStorage& storage = shared<SumStorage>();
     storage.slices[slice][threadIdx.x % SUM_COLUMNS] = sum;
@@ -120,12 +123,13 @@ __global__ void __launch_bounds__(SUM_COLUMNS * SUM_SLICES, 4)
     row_of<T>(rows, b)[column] = T(sum);
 }
 
+// `rows` outputs, each of B / rows batch elements
 template <class T, int N>
 cudaError_t sum_strips(const Context& context, const float* scratch, const Strips& strips,
-                       const StreamGradients<N>& out, const Sizes& sizes) {
-    const int64_t tiles = (sizes.C + SUM_COLUMNS - 1) / SUM_COLUMNS;
-    return launch(context, sum_strips_kernel<T, N>, sizes.B * 2 * N * tiles,
-                  SUM_COLUMNS * SUM_SLICES, sizeof(SumStorage), scratch, strips, out, int(sizes.C));
+                       const StreamGradients<N>& out, int64_t B, int64_t rows, int64_t C) {
+    const int64_t tiles = (C + SUM_COLUMNS - 1) / SUM_COLUMNS;
+    return launch(context, sum_strips_kernel<T, N>, rows * 2 * N * tiles, SUM_COLUMNS * SUM_SLICES,
+                  sizeof(SumStorage), scratch, strips, out, rows ? int(B / rows) : 0, int(C));
 }
 
 }  // namespace fluxkern::cuda

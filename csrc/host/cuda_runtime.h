@@ -1,10 +1,12 @@
 // What a .cu file finds instead of the toolkit's cuda_runtime.h when g++ compiles it for a CPU:
 //
-//   g++ -std=c++20 -O2 -Wno-unknown-pragmas -DFLUXKERN_HOST -Icsrc/host -isystem $CUDA_HOME/include -x c++ csrc/cuda/*.cu
+//   g++ -std=c++20 -O2 -Wno-unknown-pragmas -DFLUXKERN_HOST -Icsrc/host
+//       -isystem $CUDA_HOME/include -x c++ -c csrc/cuda/<op>.cu
 //
-// together with csrc/host/device.cpp and csrc/bindings_cuda.cpp. cuda_bf16.h, cuda_fp16.h and the
-// vector types are the toolkit's own. Shared memory is dynamic only: it lies on the heap, exactly as
-// large as the launch says, new for each block and filled with NaN.
+// together with csrc/host/device.cpp. cuda_bf16.h, cuda_fp16.h and the vector types are the
+// toolkit's own. Shared memory is dynamic only: it lies on the heap, exactly as large as the launch
+// says, new for each block and filled with NaN. FLUXKERN_HOST_REVERSE=1 runs blocks and threads
+// from the last to the first.
 #pragma once
 
 #include <cuda_runtime_api.h>

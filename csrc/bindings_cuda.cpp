@@ -1,0 +1,81 @@
+// The private torch ops of the CUDA kernels: device, stream and errors of a launch. With
+// -DFLUXKERN_HOST the same ops on CPU tensors, run by csrc/host, for tests.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cuda/kernels.h"
+
+namespace fluxkern::bindings {
+namespace {
+
+namespace kernels = fluxkern::cuda;
+using torch::stable::Tensor;
+
+void check(cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
+}
+
+#ifdef FLUXKERN_HOST
+
+constexpr int MULTIPROCESSORS = 3;  // few, so that small tests have strips of several rows
+
+template <class Launch>
+void run(const Tensor& x, Launch launch) {
+    STD_TORCH_CHECK(x.is_cpu(), "the host layer takes CPU tensors");
+    check(launch(kernels::Context{nullptr, MULTIPROCESSORS}));
+}
+
+#else
+
+// In libtorch_cuda, which a torch for CPUs does not have: looked for when a kernel first runs.
+cudaStream_t current_stream(int32_t device) {
+    using Find = AOTITorchError (*)(int32_t device, void** stream);
+    static const auto find =
+        reinterpret_cast<Find>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    STD_TORCH_CHECK(find != nullptr, "this torch has no CUDA");
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(find(device, &stream));
+    return static_cast<cudaStream_t>(stream);
+}
+
+template <class Launch>
+void run(const Tensor& x, Launch launch) {
+    STD_TORCH_CHECK(x.is_cuda(), "the CUDA kernels take tensors on a GPU, got one on a CPU");
+    const int32_t device = x.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    kernels::Context context = {current_stream(device), 0};
+    check(cudaDeviceGetAttribute(&context.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    check(launch(context));
+}
+
+#endif
+
+}  // namespace
+}  // namespace fluxkern::bindings
+
+#include "bindings.h"
+
+#ifdef FLUXKERN_HOST
+
+STABLE_TORCH_LIBRARY(fluxkern_cuda_host, library) {
+    fluxkern::bindings::define_ops(library);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fluxkern_cuda_host, CPU, library) {
+    fluxkern::bindings::implement_ops(library);
+}
+
+#else
+
+STABLE_TORCH_LIBRARY(fluxkern_cuda, library) {
+    fluxkern::bindings::define_ops(library);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fluxkern_cuda, CUDA, library) {
+    fluxkern::bindings::implement_ops(library);
+}
+
+#endif
