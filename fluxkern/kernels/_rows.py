@@ -104,7 +104,7 @@ def mean(row, C: tl.constexpr):
     total = row[0]
     for i in tl.static_range(1, len(row)):
         total += row[i]
-    return tl.sum(total, 0) / C
+    return tl.sum(total, 0) * (1 / C)
 
 
 @triton.jit
@@ -164,11 +164,12 @@ def rows_of_program(L, txt_len, ROWS: tl.constexpr):
     return first, (stop - first).to(tl.int32), is_txt
 
 
-def new_partials(x: Tensor, txt_len: int, vectors: int) -> Tensor:
-    """[B, programs of a batch element, vectors, C], fp32."""
+def new_partials(x: Tensor, txt_len: int, vectors: int) -> tuple[Tensor, int]:
+    """-> (fp32 [B, programs of a batch element, vectors, C], programs of the text)."""
     batch, length, hidden = x.shape
-    parts = triton.cdiv(txt_len, ROWS) + triton.cdiv(length - txt_len, ROWS)
-    return x.new_empty((batch, parts, vectors, hidden), dtype=torch.float32)
+    txt_parts = triton.cdiv(txt_len, ROWS)
+    parts = txt_parts + triton.cdiv(length - txt_len, ROWS)
+    return x.new_empty((batch, parts, vectors, hidden), dtype=torch.float32), txt_parts
 
 
 @triton.jit(do_not_specialize=("txt_parts", "parts"))
@@ -199,13 +200,13 @@ def sum_partials_kernel(
     tl.store(out_ptr + b * C + cols, out, mask=cols < C)
 
 
-def sum_partials(partials: Tensor, txt_len: int, outs: tuple[Tensor, ...]) -> None:
+def sum_partials(partials: Tensor, txt_parts: int, outs: tuple[Tensor, ...]) -> None:
     """Adds the partials of each stream into outs: text vectors (or none), then image vectors."""
     batch, parts, vectors, hidden = partials.shape
     sum_partials_kernel[(triton.cdiv(hidden, 32), len(outs), batch)](
         partials,
         outs,
-        triton.cdiv(txt_len, ROWS),
+        txt_parts,
         parts,
         VECTORS=vectors,
         C=hidden,

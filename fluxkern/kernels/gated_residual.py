@@ -119,7 +119,7 @@ def joint_gated_residual_backward(
     *dgates: Tensor,  # of the text, of the image
 ) -> None:
     batch, length, hidden = y.shape
-    partials = _rows.new_partials(y, txt_len, 1)
+    partials, txt_parts = _rows.new_partials(y, txt_len, 1)
     gated_residual_backward_kernel[(partials.shape[1], batch)](
         dx_new,
         y,
@@ -134,7 +134,7 @@ def joint_gated_residual_backward(
         ROWS=_rows.ROWS,
         **_rows.row_config(hidden),
     )
-    _rows.sum_partials(partials, txt_len, dgates)
+    _rows.sum_partials(partials, txt_parts, dgates)
 
 
 def gated_residual_backward(

@@ -201,7 +201,7 @@ def joint_gated_residual_norm_modulate_backward(
 ) -> None:
     batch, length, hidden = y.shape
     vectors = (txt_gate, txt_scale, img_gate, img_scale)
-    partials = _rows.new_partials(y, txt_len, 3)
+    partials, txt_parts = _rows.new_partials(y, txt_len, 3)
     gated_residual_norm_modulate_backward_kernel[(partials.shape[1], batch)](
         dx_new,
         dh,
@@ -219,7 +219,7 @@ def joint_gated_residual_norm_modulate_backward(
         ROWS=_rows.ROWS,
         **_rows.row_config(hidden),
     )
-    _rows.sum_partials(partials, txt_len, dvectors)
+    _rows.sum_partials(partials, txt_parts, dvectors)
 
 
 def gated_residual_norm_modulate_backward(

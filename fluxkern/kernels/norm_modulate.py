@@ -140,7 +140,7 @@ def joint_norm_modulate_backward(
     *dvectors: Tensor,  # dscale, dshift of the text, then of the image
 ) -> None:
     batch, length, hidden = x.shape
-    partials = _rows.new_partials(x, txt_len, 2)
+    partials, txt_parts = _rows.new_partials(x, txt_len, 2)
     norm_modulate_backward_kernel[(partials.shape[1], batch)](
         dh,
         x,
@@ -156,7 +156,7 @@ def joint_norm_modulate_backward(
         ROWS=_rows.ROWS,
         **_rows.row_config(hidden),
     )
-    _rows.sum_partials(partials, txt_len, dvectors)
+    _rows.sum_partials(partials, txt_parts, dvectors)
 
 
 def norm_modulate_backward(
