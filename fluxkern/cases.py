@@ -315,6 +315,7 @@ CASES = {
         None,
         "reads x and the weight, writes 4 C a token; 2 x 4 C x C a token",
         lambda s: 8 * s.stream * s.hidden,
+        ("cpu",),
     ),
     "modulation": Case(
         _modulation,

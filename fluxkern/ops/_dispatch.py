@@ -197,6 +197,11 @@ def _compiled(op: str, name: str) -> Backend | str:
     )
 
 
+def on_cpu(run: Callable) -> Backend:
+    """A kernel of the cpu backend that is made of torch's own ops, chosen and tiled by us."""
+    return Backend("cpu", run, lambda *args: _refusal("cpu", args))
+
+
 @cache
 def load_reason(name: str) -> str | None:
     """Loads the compiled object of a backend, once; None, or the reason why it is not there."""
