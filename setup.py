@@ -194,7 +194,8 @@ def cuda_library(torch: Torch) -> Library:
     ]
     units.append(Unit(ROOT / "csrc/bindings_cuda.cpp", "host", binding))
     about = {"compiler": version_of(nvcc), "flags": flags, "architectures": archs}
-    return Library("_C_cuda", units, [nvcc, *host, "-shared", "--cudart=static"], about)
+    link = [nvcc, *host, "-shared", "--cudart=static", "--no-device-link"]
+    return Library("_C_cuda", units, link, about)
 
 
 def through_nvcc(flag: str) -> str:

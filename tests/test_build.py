@@ -207,6 +207,10 @@ def test_what_is_no_architecture_is_refused_by_name(architecture: str):
 SHIMS = ("torch/csrc/stable/c/shim.h", "torch/csrc/inductor/aoti_torch/c/shim.h")
 
 
+def said(*command: object) -> str:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stdout
+
+
 @functools.cache
 def shims(major: int, minor: int) -> frozenset[str]:
     """The C functions that torch's headers declare for a target version."""
@@ -219,9 +223,8 @@ def shims(major: int, minor: int) -> frozenset[str]:
 
 def asked_for(library: Path) -> set[str]:
     """Its undefined symbols that are not of the C or C++ runtime."""
-    command = ("nm", "--dynamic", "--undefined-only", "--format=posix", library)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows = (line.split()[:2] for line in done.stdout.splitlines())
+    symbols = said("nm", "--dynamic", "--undefined-only", "--format=posix", library)
+    rows = (line.split()[:2] for line in symbols.splitlines())
     return {name for name, kind in rows if "@" not in name and kind == "U"}
 
 
@@ -253,6 +256,19 @@ def test_a_symbol_that_the_target_does_not_have_is_found(symbol: str, tmp_path: 
     assert asked_for(library) == {symbol}
     known = symbol == "torch_get_const_data_ptr"  # the check lets through what it should
     assert newer_than_target(library) == (set() if known else {symbol})
+
+
+@pytest.mark.skipif(not (ROOT / "fluxkern/_C_cpu.so").exists(), reason="no _C_cpu: make build")
+def test_code_of_one_instruction_set_is_never_the_copy_kept_for_another():
+    """A weak function is one that the linker may take from the avx512 object for all callers."""
+    torch_found = SETUP["find_torch"]()
+    library = SETUP["cpu_library"](torch_found)
+    versions = [library.about["compiler"], torch_found.version]
+    kernels = [unit for unit in library.units if unit.source.parent.name == "cpu"]
+    assert {unit.variant for unit in kernels} == set(library.about["instruction_sets"])
+    for unit in kernels:
+        symbols = said("nm", SETUP["compile_unit"](unit, versions))
+        assert not re.findall(r" W (\w+)", symbols), f"{unit.source.name} ({unit.variant})"
 
 
 # the wheel, with every object for every architecture
@@ -289,8 +305,7 @@ def test_one_wheel_serves_every_python_of_this_platform(wheel: Path, unpacked: P
 
 def cuda_code(library: Path, kind: str) -> set[str]:
     tool = Path(metadata.distribution("triton").locate_file("triton/backends/nvidia/bin/cuobjdump"))
-    done = subprocess.run((tool, f"--list-{kind}", library), capture_output=True, text=True)
-    return set(re.findall(r"\.(sm_\w+)\.", done.stdout))
+    return set(re.findall(r"\.(sm_\w+)\.", said(tool, f"--list-{kind}", library)))
 
 
 @needs_nvcc
@@ -304,9 +319,8 @@ def test_the_cuda_object_holds_every_architecture(unpacked: Path):
 @needs_nvcc
 @pytest.mark.build
 def test_the_cuda_object_needs_no_library_of_cuda(unpacked: Path):
-    command = ("readelf", "--dynamic", unpacked / "_C_cuda.so")
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", done.stdout)
+    dynamic = said("readelf", "--dynamic", unpacked / "_C_cuda.so")
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
     assert "libtorch_cpu.so" in needed
     assert not any("cuda" in name for name in needed)
 
