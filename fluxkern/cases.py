@@ -294,6 +294,7 @@ CASES = {
         "reads q, k, v, writes out; backward reads out and dout too and writes three;"
         " two products of L x L x D a head",
         _attention_flops,
+        ("cpu",),
     ),
     "attention_lse": Case(
         _attention,
@@ -301,6 +302,7 @@ CASES = {
         lambda s: 8 * s.heads_of_all,
         "as attention",
         _attention_flops,
+        ("cpu",),
     ),
     "rope_attention": Case(
         _rope_attention,
@@ -308,6 +310,7 @@ CASES = {
         None,
         "as attention: norm and rotation need no pass of their own",
         _attention_flops,
+        ("cpu",),
     ),
     "linear": Case(
         _linear,
