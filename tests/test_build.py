@@ -336,20 +336,25 @@ def with_requirements(name: str) -> set[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def beside_torch(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with torch, what torch requires, and the wheel as pip installs it."""
-    folder = tmp_path_factory.mktemp("environment")
-    subprocess.run((sys.executable, "-m", "venv", "--without-pip", folder), check=True)
-    python = folder / "bin/python"
-    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel)
-    done = run(*pip, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (packages,) = folder.glob("lib/python*/site-packages")
-    for distribution in map(metadata.distribution, with_requirements("torch")):
+def lend(python: Path, names: set[str]) -> None:
+    """Makes distributions of this environment importable in another."""
+    (packages,) = python.parent.parent.glob("lib/python*/site-packages")
+    for distribution in map(metadata.distribution, names):
         for top in {file.parts[0] for file in distribution.files or [] if file.parts[0] != ".."}:
             if not (packages / top).exists():
                 (packages / top).symlink_to(Path(distribution.locate_file(top)).resolve())
+
+
+@pytest.fixture(scope="module")
+def beside_torch(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of an environment with torch, what torch requires, and the wheel by pip."""
+    folder = tmp_path_factory.mktemp("environment")
+    said(sys.executable, "-m", "venv", "--without-pip", folder)
+    python = folder / "bin/python"
+    lend(python, with_requirements("torch"))
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel)
+    done = run(*pip, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
     return python
 
 
@@ -371,6 +376,7 @@ def test_the_wheel_runs_its_kernels_beside_torch_alone(beside_torch: Path):
 
 @pytest.mark.build
 def test_the_installed_command_says_what_runs(beside_torch: Path):
+    lend(beside_torch, with_requirements("fluxkern") - {"fluxkern"})
     done = run(beside_torch.with_name("fluxkern"), "env", cwd=beside_torch.parent)
     assert done.returncode == 0, done.stderr
     assert re.search(r"gated_residual .*\bcpu\b", done.stdout), done.stdout
