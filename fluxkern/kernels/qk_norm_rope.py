@@ -163,17 +163,22 @@ def qk_norm_rope_kernel(
 ):
     row, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     is_txt, img_row = row < txt_len, row - img_first
-    q = load_heads(stream_token(is_txt, b, row, img_row, txt_q, img_q), H, D, BLOCK_H, BLOCK_D)
+    q = ()
+    if q_out is not None:
+        q = load_heads(stream_token(is_txt, b, row, img_row, txt_q, img_q), H, D, BLOCK_H, BLOCK_D)
     k = load_heads(stream_token(is_txt, b, row, img_row, txt_k, img_k), H, D, BLOCK_H, BLOCK_D)
     cos, sin = load_rotation(rotation, row, COS_STRIDE_D, SIN_STRIDE_D, D, BLOCK_D)
-    q_weight = load_weight(tl.where(is_txt, txt_weights[0], img_weights[0]), D, BLOCK_D)
-    k_weight = load_weight(tl.where(is_txt, txt_weights[1], img_weights[1]), D, BLOCK_D)
-    q_token, k_token = (token_ptr(q_out, b, row), q_out[3]), (token_ptr(k_out, b, row), k_out[3])
-    for i in tl.static_range(len(q)):
-        y = norm_rope(q[i], q_weight, cos, sin, eps, D)
-        store_head_tile(q_token, y, i, H, D, BLOCK_H, BLOCK_D)
-        y = norm_rope(k[i], k_weight, cos, sin, eps, D)
-        store_head_tile(k_token, y, i, H, D, BLOCK_H, BLOCK_D)
+    if q_out is not None:
+        weight = load_weight(tl.where(is_txt, txt_weights[0], img_weights[0]), D, BLOCK_D)
+        token = (token_ptr(q_out, b, row), q_out[3])
+        for i in tl.static_range(len(q)):
+            y = norm_rope(q[i], weight, cos, sin, eps, D)
+            store_head_tile(token, y, i, H, D, BLOCK_H, BLOCK_D)
+    weight = load_weight(tl.where(is_txt, txt_weights[1], img_weights[1]), D, BLOCK_D)
+    token = (token_ptr(k_out, b, row), k_out[3])
+    for i in tl.static_range(len(k)):
+        y = norm_rope(k[i], weight, cos, sin, eps, D)
+        store_head_tile(token, y, i, H, D, BLOCK_H, BLOCK_D)
     if v_out is not None:
         v = load_heads(stream_token(is_txt, b, row, img_row, txt_v, img_v), H, D, BLOCK_H, BLOCK_D)
         v_token = (token_ptr(v_out, b, row), v_out[3])
@@ -237,7 +242,7 @@ def qk_norm_rope_backward_kernel(
     tl.store(partial_ptr + D + d, tl.sum(dk_weight, 0), mask=d < D)
 
 
-def _launch(
+def launch(
     txt: tuple,
     img: tuple,
     outs: tuple,
@@ -249,8 +254,8 @@ def _launch(
     img_first: int,
     eps: float,
 ) -> None:
-    """txt, img, outs: q, k and v, or None for v."""
-    batch, length, heads, dim = outs[0].shape
+    """txt, img, outs: q, k and v, or None for q or v."""
+    batch, length, heads, dim = outs[1].shape
     qk_norm_rope_kernel[(length, batch)](
         *(t if t is None else view(t) for t in (*txt, *img, *outs)),
         txt_weights,
@@ -278,7 +283,7 @@ def qk_norm_rope(
 ) -> None:
     weights = (q_weight, k_weight)
     inputs, outs = (q, k, None), (new_q, new_k, None)
-    _launch(inputs, inputs, outs, weights, weights, cos, sin, 0, 0, eps)
+    launch(inputs, inputs, outs, weights, weights, cos, sin, 0, 0, eps)
 
 
 def qk_norm_rope_(
@@ -295,7 +300,7 @@ def qk_norm_rope_(
 ) -> None:
     txt_weights, img_weights = (txt_q_weight, txt_k_weight), (img_q_weight, img_k_weight)
     joint = (q, k, None)
-    _launch(joint, joint, joint, txt_weights, img_weights, cos, sin, txt_len, 0, eps)
+    launch(joint, joint, joint, txt_weights, img_weights, cos, sin, txt_len, 0, eps)
 
 
 def joint_qk_norm_rope(
@@ -318,7 +323,7 @@ def joint_qk_norm_rope(
 ) -> None:
     txt, img, txt_len = (txt_q, txt_k, txt_v), (img_q, img_k, img_v), txt_q.shape[1]
     txt_weights, img_weights = (txt_q_weight, txt_k_weight), (img_q_weight, img_k_weight)
-    _launch(txt, img, (q, k, v), txt_weights, img_weights, cos, sin, txt_len, txt_len, eps)
+    launch(txt, img, (q, k, v), txt_weights, img_weights, cos, sin, txt_len, txt_len, eps)
 
 
 def joint_qk_norm_rope_backward(
