@@ -31,7 +31,30 @@ def unsupported(name: str, *args: object) -> str | None:
     return None
 
 
-# configurations: architecture and shape class -> tile of queries, tile of keys, warps, stages
+# configurations, from each architecture up to the next, of half precision and D <= 128:
+# tile of queries, tile of keys, warps, stages, loads by TMA
+
+
+FORWARD = {
+    80: (128, 64, 8, 3, False),
+    86: (128, 64, 8, 2, False),  # 99 KiB of shared memory
+    90: (128, 128, 8, 3, True),
+    100: (128, 128, 8, 2, True),
+    120: (128, 32, 8, 3, True),
+}
+BACKWARD_KEYS = {
+    80: (64, 64, 8, 2, False),
+    90: (32, 128, 8, 3, True),  # with 64 queries it spills
+    100: (64, 128, 8, 2, True),
+    120: (64, 64, 8, 2, False),  # with TMA it spills
+}
+BACKWARD_QUERIES = {
+    80: (64, 64, 8, 2, False),
+    90: (128, 64, 8, 3, True),
+    100: (128, 64, 8, 2, True),
+    120: (128, 32, 8, 2, False),  # with TMA it spills
+}
+SMALL = (32, 32, 4, 1, False)  # fp32 or a wide head: no tensor cores, little shared memory
 
 
 def architecture() -> int:
@@ -41,35 +64,12 @@ def architecture() -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
 
-FORWARD = {  # half precision, D <= 128; from each architecture up to the next
-    80: (128, 64, 8, 3),
-    86: (128, 64, 8, 2),  # 99 KiB of shared memory
-    90: (128, 128, 8, 3),
-    100: (128, 128, 8, 2),
-    120: (128, 32, 8, 3),
-}
-BACKWARD_KEYS = {
-    80: (64, 64, 8, 2),
-    90: (32, 128, 8, 3),  # with 64 queries it spills
-    100: (64, 128, 8, 2),
-    120: (64, 64, 8, 2),
-}
-BACKWARD_QUERIES = {
-    80: (64, 64, 8, 2),
-    90: (128, 64, 8, 3),
-    100: (128, 64, 8, 2),
-    120: (128, 32, 8, 2),
-}
-SMALL = (32, 32, 4, 1)  # fp32 or a wide head: products without tensor cores, little shared memory
-TMA_ARCHITECTURES = range(90, 120)  # on 120 the same kernel spills
-
-
 def configured(table: dict[int, tuple], q: Tensor) -> dict[str, int]:
     """The entry of a table for this machine, as what a kernel takes."""
     dim, entry = q.shape[-1], SMALL
     if q.dtype.itemsize == 2 and dim <= 128:
         entry = table[max(known for known in table if known <= architecture())]
-    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA")
     block_d = max(16, triton.next_power_of_2(dim))
     return {"D": dim, "BLOCK_D": block_d} | dict(zip(names, entry, strict=True))
 
@@ -83,14 +83,13 @@ def takes_tma(t: Tensor) -> bool:
     return t.numel() > 0 and t.stride(3) == 1 and aligned and t.data_ptr() % 16 == 0
 
 
-def sources(tensors: list[tuple[Tensor, int]], block_d: int) -> tuple[list, bool]:
-    """Tensors and the tokens of their tiles -> what load_tile takes, and whether it is by TMA."""
-    if architecture() in TMA_ARCHITECTURES and all(takes_tma(t) for t, _ in tensors):
-        blocks = ([1, tokens, 1, block_d] for _, tokens in tensors)
-        return [
-            TensorDescriptor.from_tensor(t, b) for (t, _), b in zip(tensors, blocks, strict=True)
-        ], True
-    return [view(t) for t, _ in tensors], False
+def sources(config: dict[str, int], *tiles: tuple[Tensor, str]) -> list:
+    """What load_tile takes for each tensor and name of its tile; settles config["TMA"]."""
+    config["TMA"] = config["TMA"] and all(takes_tma(t) for t, _ in tiles)
+    if not config["TMA"]:
+        return [view(t) for t, _ in tiles]
+    blocks = [[1, config[tile], 1, config["BLOCK_D"]] for _, tile in tiles]
+    return [TensorDescriptor.from_tensor(t, b) for (t, _), b in zip(tiles, blocks, strict=True)]
 
 
 @triton.jit
@@ -172,7 +171,6 @@ def attention_kernel(
     eps,
     COS_STRIDE_D: tl.constexpr,
     SIN_STRIDE_D: tl.constexpr,
-    TMA_Q: tl.constexpr,
     TMA: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -180,7 +178,7 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
 ):
     start, h, b = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
-    q = load_tile(q_source, b, start, h, L, TMA_Q, D, BLOCK_M, BLOCK_D)
+    q = load_tile(q_source, b, start, h, L, TMA, D, BLOCK_M, BLOCK_D)
     if q_weight_ptr is not None:
         q = norm_rope_tile(q, q_weight_ptr, rotation, start, L, eps, COS_STRIDE_D, SIN_STRIDE_D, D)
     out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -242,15 +240,10 @@ def forward(
     """Attention of q, which is normed and rotated first where a weight is given."""
     batch, length, heads, dim = q.shape
     config = configured(FORWARD, q)
-    (k_source, v_source), tma = sources(
-        [(k, config["BLOCK_N"]), (v, config["BLOCK_N"])], config["BLOCK_D"]
-    )
-    (q_source,), tma_q = sources([(q, config["BLOCK_M"])], config["BLOCK_D"])
+    inputs = sources(config, (q, "BLOCK_M"), (k, "BLOCK_N"), (v, "BLOCK_N"))
     rope = q_weight is not None
     attention_kernel[(triton.cdiv(length, config["BLOCK_M"]), heads, batch)](
-        q_source,
-        k_source,
-        v_source,
+        *inputs,
         view(out),
         lse,
         q_weight,
@@ -261,8 +254,6 @@ def forward(
         eps,
         COS_STRIDE_D=cos.stride(1) if rope else 1,
         SIN_STRIDE_D=sin.stride(1) if rope else 1,
-        TMA_Q=tma_q,
-        TMA=tma,
         **config,
     )
 
@@ -414,11 +405,11 @@ def attention_backward(
         num_warps=4,
     )
 
-    def launch(kernel, config: dict[str, int], tokens: int, block: str, grads: tuple) -> None:
+    def launch(kernel, config: dict[str, int], tokens: int, tile: str, grads: tuple) -> None:
         tiles = ((q, "BLOCK_M"), (k, "BLOCK_N"), (v, "BLOCK_N"), (dout, "BLOCK_M"))
-        inputs, tma = sources([(t, config[name]) for t, name in tiles], block_d)
-        kernel[(triton.cdiv(tokens, config[block]), heads, batch)](
-            *inputs, rows, *map(view, grads), length, keys, dim**-0.5, TMA=tma, **config
+        inputs = sources(config, *tiles)
+        kernel[(triton.cdiv(tokens, config[tile]), heads, batch)](
+            *inputs, rows, *map(view, grads), length, keys, dim**-0.5, **config
         )
 
     by_keys, by_queries = configured(BACKWARD_KEYS, q), configured(BACKWARD_QUERIES, q)
