@@ -1,0 +1,419 @@
+"""Whether the kernels are right and fast on this machine's GPU, in one command without a network.
+
+    python3 -m benchmarks.gpu_check --out DIR [--budget SECONDS] [--only PART ...] [--resume]
+
+Each part runs in processes of its own and writes DIR/<part>.json while it goes; a failure or a
+crash of one does not stop the others. `--dry-run` goes through all of them with the CPU in place
+of the GPU and names its files dry-run-<part>.json. Exit status: 0 no part failed, 1 one did, 3
+there is no GPU.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fluxkern import bench
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_GPU = 3
+PASSED, FAILED, SKIPPED, RUNNING = "passed", "failed", "skipped", "cut off"
+PROMPT = "a red circle on a blue background"
+FUSED = "joint_gated_residual_norm_modulate"
+SANITIZER_ERROR = 86  # exit status of compute-sanitizer that found something
+
+
+@dataclass
+class Part:
+    """One part's file and time."""
+
+    name: str
+    out: Path
+    dry_run: bool
+    machine: dict[str, Any]
+    seconds: float  # that it may take
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def file(self) -> Path:
+        return part_file(self.out, self.name, self.dry_run)
+
+    @property
+    def left(self) -> float:
+        return self.started + self.seconds - time.monotonic()
+
+    def save(self, status: str, result: dict[str, Any]) -> dict[str, Any]:
+        about = {
+            "part": self.name,
+            "status": status,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "budget": round(self.seconds),
+            "dry_run": self.dry_run,
+            "measured_on": "the CPU, in a dry run" if self.dry_run else self.machine["gpu"]["name"],
+            "machine": self.machine,
+        }
+        bench.write_json(self.file, about | result)
+        return about | result
+
+    def run(
+        self,
+        command: list[str],
+        environment: dict[str, str] | None = None,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> tuple[int | None, str]:
+        """Exit status (None: it was stopped when its time was up) and the end of what it said."""
+        log = self.out / f"{'dry-run-' if self.dry_run else ''}log.txt"
+        with log.open("a+b") as said:
+            said.write(f"\n$ {' '.join(command)}\n".encode())
+            said.flush()
+            start = said.seek(0, os.SEEK_END)
+            child = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | (environment or {}),
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            status = self.wait(child, meanwhile)
+            said.seek(max(start, said.seek(0, os.SEEK_END) - 8000))
+            return status, said.read().decode(errors="replace")
+
+    def wait(self, child: subprocess.Popen, meanwhile: Callable[[], object]) -> int | None:
+        try:
+            while self.left > 0:
+                try:
+                    return child.wait(timeout=min(2, max(self.left, 0.01)))
+                except subprocess.TimeoutExpired:
+                    meanwhile()
+            return None
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, 9)
+                child.wait()
+            meanwhile()
+
+
+def part_file(out: Path, name: str, dry_run: bool) -> Path:
+    return out / f"{'dry-run-' if dry_run else ''}{name}.json"
+
+
+def python(*args: str) -> list[str]:
+    return [sys.executable, *args]
+
+
+def tail(said: str, lines: int = 12) -> list[str]:
+    return said.strip().splitlines()[-lines:]
+
+
+def ending(part: Part, status: int | None) -> dict[str, Any]:
+    return {"exit_status": status} if status is not None else {"out_of_time": round(part.seconds)}
+
+
+# the parts: each returns its status and result
+
+
+def build(part: Part) -> tuple[str, dict[str, Any]]:
+    """_C_cuda for this GPU alone; a dry run builds _C_cpu into a folder that it throws away."""
+    if part.dry_run:
+        aside = part.out / "dry-run-build"
+        environment = {"FLUXKERN_BUILD": "cpu"}
+        command = python("setup.py", "--quiet", "build_ext", "--build-lib", str(aside))
+    else:
+        capability = part.machine["gpu"]["capability"]
+        architecture = capability + "a" * capability.startswith("9.")
+        environment = {"FLUXKERN_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": architecture}
+        command = python("setup.py", "--quiet", "build_ext", "--inplace")
+    status, said = part.run(command, environment)
+    info = (aside if part.dry_run else ROOT) / "fluxkern/_build_info.json"
+    built = json.loads(info.read_text()) if status == 0 else None
+    if part.dry_run:
+        shutil.rmtree(aside, ignore_errors=True)
+    result = {"environment": environment, "build_info": built, **ending(part, status)}
+    return (PASSED, result) if status == 0 else (FAILED, result | {"said": tail(said)})
+
+
+def chosen_tests(backend: str, dry_run: bool) -> str:
+    """For pytest's -k: the ids read [op-backend-...]."""
+    if dry_run:
+        return f"is_accurate and {FUSED}-{backend}-fp32"
+    return f"-{backend}" + (" and not -cuda-host" if backend == "cuda" else "")
+
+
+def outcomes(file: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    counts = Counter(line["outcome"] for line in lines)
+    return {
+        **{name: counts[name] for name in ("passed", "failed", "skipped")},
+        "failures": [line for line in lines if line["outcome"] == "failed"],
+        "skips": Counter(line["why"] for line in lines if line["outcome"] == "skipped"),
+        "slowest": sorted(lines, key=lambda line: -line["seconds"])[:5],
+    }
+
+
+def verdict(found: dict[str, Any], status: int | None) -> str:
+    if found["failed"] or status not in (0, 5) or not (found["passed"] or found["skipped"]):
+        return FAILED
+    return PASSED if found["passed"] else SKIPPED
+
+
+def contract(part: Part) -> tuple[str, dict[str, Any]]:
+    """tests/test_contract.py for one backend after the other."""
+    backends = ("cpu", "reference") if part.dry_run else ("cuda", "triton", "reference", "cpu")
+    result: dict[str, Any] = {}
+    for backend in backends:
+        file = part.out / f".{part.file.stem}-{backend}.jsonl"
+        file.unlink(missing_ok=True)
+        command = python("-m", "pytest", "tests/test_contract.py", "-q", "--tb=short")
+        command += ["-p", "no:cacheprovider", "-p", "benchmarks.outcomes", "--outcomes", str(file)]
+        command += ["-k", chosen_tests(backend, part.dry_run)]
+
+        def progress(backend: str = backend, file: Path = file) -> None:
+            part.save(RUNNING, {"backends": result | {backend: outcomes(file)}})
+
+        status, said = part.run(command, meanwhile=progress)
+        found = outcomes(file)
+        file.unlink(missing_ok=True)
+        result[backend] = {"status": verdict(found, status), **found, **ending(part, status)}
+        if result[backend]["status"] == FAILED:
+            result[backend]["said"] = tail(said)
+    return worst([found["status"] for found in result.values()]), {"backends": result}
+
+
+def worst(statuses: list[str]) -> str:
+    return next(status for status in (FAILED, PASSED, SKIPPED) if status in statuses)
+
+
+def sanitized(part: Part, tool: str, sanitizer: str | None) -> dict[str, Any]:
+    """One tool of compute-sanitizer over every op forward and backward at an odd size."""
+    workload = python("-m", "benchmarks.ops", "--rounds", "0", "--shape", "odd", "--threads", "1")
+    workload += ["--dtype", "bf16", "--device", "cpu" if part.dry_run else "cuda"]
+    workload += ["--only", "cpu" if part.dry_run else "cuda", "triton"]
+    wrapped = [sanitizer, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a tensor ends where its memory does
+    status, said = part.run([*wrapped, *workload] if sanitizer else workload, environment)
+    summary = re.search(r"={9} (.*SUMMARY: .*)", said)
+    found = {"summary": summary and summary[1], **ending(part, status)}
+    if status == 0 and (summary or not sanitizer):
+        return {"status": PASSED} | found
+    refused = sanitizer and status is not None and not summary
+    return {"status": SKIPPED if refused else FAILED, "said": tail(said, 30)} | found
+
+
+def sanitizer(part: Part) -> tuple[str, dict[str, Any]]:
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+    if part.dry_run:
+        return (found := sanitized(part, "none", None))["status"], {"tools": {"none": found}}
+    if tool is None:
+        return SKIPPED, {"said": ["compute-sanitizer is not installed"]}
+    tools: dict[str, Any] = {}
+    for name in ("memcheck", "racecheck"):
+        tools[name] = sanitized(part, name, tool)
+        part.save(RUNNING, {"tools": tools})
+    return worst([found["status"] for found in tools.values()]), {"tools": tools}
+
+
+def ops(part: Part) -> tuple[str, dict[str, Any]]:
+    """The norm family against eager, torch.compile and copies of as many bytes."""
+    file = part.out / f".{part.file.stem}.part"
+    command = python("-m", "benchmarks.ops", "--json", str(file))
+    if part.dry_run:
+        command += ["--device", "cpu", "--shape", "compact", "--rounds", "3", "--threads", "1"]
+        command += ["--op", FUSED, "--dtype", "fp32", "--direction", "forward"]
+    else:
+        command += ["--device", "cuda", "--shape", "flux-1024", "--dtype", "bf16", "fp32"]
+
+    def measured() -> dict[str, Any]:
+        return {"ops": json.loads(file.read_text()) if file.exists() else None}
+
+    status, said = part.run(command, meanwhile=lambda: part.save(RUNNING, measured()))
+    result = measured() | ending(part, status)
+    file.unlink(missing_ok=True)
+    return (PASSED, result) if status == 0 else (FAILED, result | {"said": tail(said)})
+
+
+def draw(part: Part, file: Path, backend: str | None) -> tuple[int | None, str]:
+    program = "import sys; from fluxkern.cli import main; sys.exit(main())"
+    command = python("-c", program, "generate", PROMPT, "--seed", "0", "--force")
+    command += ["--output", str(file), "--device", "cpu" if part.dry_run else "cuda"]
+    command += ["--steps", "2"] * part.dry_run
+    return part.run(command, {"FLUXKERN_BACKEND": backend} if backend else {})
+
+
+def picture(part: Part) -> tuple[str, dict[str, Any]]:
+    """One picture by the kernels and one by the reference, and what the judge sees in the first."""
+    import numpy as np
+    from PIL import Image
+
+    from fluxkern.compact.drawings import Scene
+    from fluxkern.compact.judge import judge, matches
+
+    drawn = {None: part.file.with_suffix(".png"), "reference": part.out / ".reference.png"}
+    for backend, file in drawn.items():
+        status, said = draw(part, file, backend)
+        if status != 0:
+            return FAILED, {"said": tail(said), **ending(part, status)}
+    ours, plain = (np.asarray(Image.open(file).convert("RGB")) for file in drawn.values())
+    about = json.loads(Image.open(drawn[None]).info["fluxkern"])
+    drawn["reference"].unlink()
+    seen = judge(ours)
+    right = matches(seen, Scene("circle", "red", "medium", "centre", "blue"))
+    result = {
+        "prompt": PROMPT,
+        "judge": vars(seen),
+        "right": right,
+        "levels_from_reference": int(np.abs(ours.astype(int) - plain.astype(int)).max()),
+        "backends": about["backends"],
+        "steps": about["steps"],
+    }
+    return PASSED if right or part.dry_run else FAILED, result
+
+
+PARTS: dict[str, tuple[Callable[[Part], tuple[str, dict[str, Any]]], int]] = {
+    "build": (build, 20),  # share of the time that is left, against those of the parts after it
+    "contract": (contract, 35),
+    "sanitizer": (sanitizer, 15),
+    "ops": (ops, 35),
+    "picture": (picture, 10),
+}
+
+
+# all of them
+
+
+def run_part(part: Part) -> dict[str, Any]:
+    part.save(RUNNING, {})
+    try:
+        status, result = PARTS[part.name][0](part)
+    except Exception:
+        status, result = FAILED, {"said": tail(traceback.format_exc())}
+    return part.save(status, result)
+
+
+def finished(file: Path, machine: dict[str, Any]) -> dict[str, Any] | None:
+    """An earlier result of this code on this GPU, if it has one that did not fail."""
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text())
+    same = all(found["machine"][name] == machine[name] for name in ("gpu", "source"))
+    return found if same and found["status"] in (PASSED, SKIPPED) else None
+
+
+def check(args: argparse.Namespace) -> list[dict[str, Any]]:
+    end = time.monotonic() + args.budget
+    machine = bench.machine()
+    if args.dry_run:
+        machine["gpu"] = None
+    waiting = [name for name in PARTS if not args.only or name in args.only]
+    results = []
+    while waiting:
+        shares = sum(PARTS[name][1] for name in waiting)
+        name = waiting.pop(0)
+        seconds = max(end - time.monotonic(), 0) * PARTS[name][1] / shares
+        part = Part(name, args.out, args.dry_run, machine, seconds)
+        earlier = finished(part.file, machine) if args.resume else None
+        results.append(earlier or run_part(part))
+        print(line_of(results[-1]), flush=True)
+    return results
+
+
+# the table
+
+
+def line_of(found: dict[str, Any]) -> str:
+    details = {
+        "build": lambda: (found["build_info"] or {}).get("_C_cuda", {}).get("architectures", ""),
+        "contract": lambda: "; ".join(
+            f"{name} {b['passed']} passed, {b['failed']} failed, {b['skipped']} skipped"
+            for name, b in found["backends"].items()
+        ),
+        "sanitizer": lambda: "; ".join(
+            f"{name}: {tool['summary'] or tool['status']}" for name, tool in found["tools"].items()
+        ),
+        "ops": lambda: f"{len(found['ops']['verified'])} comparisons",
+        "picture": lambda: f"{found['judge']}, {found['levels_from_reference']} levels from plain",
+    }
+    try:
+        detail = details[found["part"]]()
+    except (KeyError, TypeError):
+        detail = " / ".join(found.get("said", [])[-1:])
+    return f"{found['part']:10} {found['status']:8} {found['seconds']:6.0f} s  {detail}"[:200]
+
+
+def op_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """One line for an op, dtype and backend: microseconds, share of the copy, times faster."""
+    ours: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        if row["provider"] not in ("copy", *bench.BASELINES):
+            key = (row["op"], row["dtype"], row["provider"])
+            ours.setdefault(key, {})[row["direction"]] = row
+    columns = f"{'us':>7} {'copy':>5} {'eager':>6} {'compile':>7}"
+    blocks = "".join(f" | {direction:8} {columns}" for direction in ("forward", "backward"))
+    lines = [f"{'op':35} {'dtype':5} {'by':6}{blocks}"]
+    for (op, dtype, backend), found in ours.items():
+        blocks = "".join(
+            f" | {'':8} {block(found.get(direction))}" for direction in ("forward", "backward")
+        )
+        lines.append(f"{op:35} {dtype:5} {backend:6}{blocks}")
+    return lines
+
+
+def block(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return " " * 28
+    gains = (f"{row['times'][b]:.2f}" if b in row["times"] else "-" for b in bench.BASELINES)
+    return "{:7.1f} {:5.0%} {:>6} {:>7}".format(row["median"] * 1e6, row["share"], *gains)
+
+
+def final_table(results: list[dict[str, Any]], dry_run: bool) -> str:
+    machine = results[0]["machine"]
+    where = machine["cpu"] if dry_run else machine["gpu"]["name"]
+    lines = [f"{'DRY RUN, NO GPU: ' * dry_run}{where}, torch {machine['versions']['torch']}, "]
+    lines[0] += f"commit {machine['commit']}, source {machine['source']}"
+    lines += [line_of(found) for found in results]
+    measured = next((found.get("ops") for found in results if found["part"] == "ops"), None)
+    if measured:
+        lines.append(", ".join(f"{n} {v:.4g}" for n, v in measured.get("ceilings", {}).items()))
+        lines += op_lines(measured["rows"]) + [f"REFUSED {why}" for why in measured["refused"]]
+    return "\n".join(lines[:59])
+
+
+def parsed(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu_check", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    add("--budget", type=float, default=540, metavar="SECONDS", help="for all parts, 540")
+    add("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    add("--resume", action="store_true", help="leave parts that have passed before")
+    add("--dry-run", action="store_true", help="the CPU in place of the GPU, small sizes")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parsed(argv)
+    if not args.dry_run and bench.gpu() is None:
+        print("no GPU: torch finds no CUDA device here; --dry-run goes through it with the CPU")
+        return NO_GPU
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = check(args)
+    text = final_table(results, args.dry_run)
+    part_file(args.out, "table", args.dry_run).with_suffix(".txt").write_text(text + "\n")
+    print(f"\n{text}")
+    return 1 if any(found["status"] not in (PASSED, SKIPPED) for found in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
