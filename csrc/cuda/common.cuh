@@ -250,7 +250,7 @@ struct Plan {  // of a row
 };
 
 constexpr int threads_of(int vectors) {  // at most
-    return vectors == 2 ? 512 : vectors == 1 ? 384 : 256;
+    return vectors > 0 ? 384 : 256;
 }
 
 inline int whole_warps(int64_t threads) {

@@ -25,14 +25,14 @@ __global__ void __launch_bounds__(threads_of(VECTORS), VECTORS == 1 ? 3 : 2)
 }
 
 template <class T, int VECTORS>
-__global__ void __launch_bounds__(threads_of(VECTORS), VECTORS == 1 ? 3 : 2)
+__global__ void __launch_bounds__(threads_of(VECTORS), 2)
     gated_residual_backward_kernel(Tokens dx_new, Tokens y, Rows txt_gate, Rows img_gate, Tokens dy,
                                    float* scratch, Strips strips, Sizes sizes) {
     const Share<T, VECTORS> share = {int(sizes.C)};
     const Strip strip = strip_of_block(strips, sizes);
     const T* gate = row_of<const T>(strip.txt ? txt_gate : img_gate, strip.b);
     Sums<T, VECTORS, 1> sums(share, scratch);
-    for (int64_t l = strip.first; l < strip.end; ++l) {
+    for (int l = strip.first; l < strip.end; ++l) {
         share.each_tile([&](int tile) {
             const Vec dx = share.load(row_of<const T>(dx_new, strip.b, l), tile);
             const Vec branch = share.load(row_of<const T>(y, strip.b, l), tile);

@@ -2,7 +2,7 @@
 // Grid: forward a block a token, the row in registers; backward a block a strip of tokens.
 // Bytes: forward 4 B L C elements; backward 6 B L C, and fp32 partial sums of about 1/20 of it.
 // Accumulation: fp32; x_new is rounded to its dtype before the norm; sums in a fixed order.
-// Limits: B * L < 2^31; rows beyond C = 8192, of odd C or misaligned are read again, not kept.
+// Limits: B * L < 2^31; rows beyond C = 6144, of odd C or misaligned are read again, not kept.
 #include "norm.cuh"
 #include "strips.cuh"
 
@@ -42,11 +42,11 @@ __global__ void __launch_bounds__(threads_of(VECTORS), sizeof(T) == 2 && VECTORS
                                                  float eps) {
     const Share<T, VECTORS> share = {int(sizes.C)};
     const Strip strip = strip_of_block(strips, sizes);
-    const T* gate = row_of<const T>(strip.txt ? txt_gate : img_gate, strip.b);
-    const T* scale = row_of<const T>(strip.txt ? txt_scale : img_scale, strip.b);
     Sums<T, VECTORS, 3> sums(share, scratch);
-    for (int64_t l = strip.first; l < strip.end; ++l) {
+    for (int l = strip.first; l < strip.end; ++l) {
         const int64_t b = not_hoisted(strip.b);
+        const T* gate = row_of<const T>(strip.txt ? txt_gate : img_gate, b);
+        const T* scale = row_of<const T>(strip.txt ? txt_scale : img_scale, b);
         const auto x_row = read_row(share, row_of<const T>(x_new, b, l));
         const auto dh_row = read_row(share, row_of<const T>(dh, b, l));
         const NormGradient gradient = gradient_of(share, x_row, dh_row, scale, eps);

@@ -2,7 +2,7 @@
 // Grid: forward a block a token, the row in registers; backward a block a strip of tokens.
 // Bytes: forward 2 B L C elements; backward 3 B L C, and fp32 partial sums of about 1/20 of it.
 // Accumulation: fp32; mean first, then squares about it; sums over tokens in a fixed order.
-// Limits: B * L < 2^31; rows beyond C = 8192, of odd C or misaligned are read again, not kept.
+// Limits: B * L < 2^31; rows beyond C = 6144, of odd C or misaligned are read again, not kept.
 #include "norm.cuh"
 #include "strips.cuh"
 
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(threads_of(VECTORS), VECTORS == 1 ? 2 : 1)
     const Strip strip = strip_of_block(strips, sizes);
     const T* scale = row_of<const T>(strip.txt ? txt_scale : img_scale, strip.b);
     Sums<T, VECTORS, 2> sums(share, scratch);
-    for (int64_t l = strip.first; l < strip.end; ++l) {
+    for (int l = strip.first; l < strip.end; ++l) {
         const auto x_row = read_row(share, row_of<const T>(x, strip.b, l));
         const auto dh_row = read_row(share, row_of<const T>(dh, strip.b, l));
         const NormGradient gradient = gradient_of(share, x_row, dh_row, scale, eps);

@@ -25,17 +25,18 @@ inline Strips strips_of(const Sizes& sizes, const Context& context) {
 }
 
 struct Strip {
-    int64_t b, first, end;  // tokens
+    int64_t b;
+    int first, end;  // tokens
     bool txt;
 };
 
 __device__ inline Strip strip_of_block(const Strips& strips, const Sizes& sizes) {
     const unsigned each = unsigned(strips.txt + strips.img);
-    const int64_t b = blockIdx.x / each, s = blockIdx.x % each;
+    const int64_t b = blockIdx.x / each;
+    const int s = blockIdx.x % each, length = int(sizes.L), txt_len = int(sizes.txt_len);
     const bool txt = s < strips.txt;
-    const int64_t first = txt ? s * strips.rows : sizes.txt_len + (s - strips.txt) * strips.rows;
-    const int64_t border = txt ? sizes.txt_len : sizes.L, end = first + strips.rows;
-    return {b, first, end < border ? end : border, txt};
+    const int first = txt ? s * strips.rows : txt_len + (s - strips.txt) * strips.rows;
+    return {b, first, min(first + strips.rows, txt ? txt_len : length), txt};
 }
 
 // Inside a loop: the compiler may not keep what follows from b in registers of its own.
@@ -90,7 +91,7 @@ struct SumStorage {
     float slices[SUM_SLICES][SUM_COLUMNS];
 };
 
-// Adds the strips of a stream and vector over `batches` batch elements; SUM_SLICES threads a column.
+// Adds the strips of a stream and vector of `batches` batch elements; SUM_SLICES threads a column.
 template <class T, int N>
 __global__ void __launch_bounds__(SUM_COLUMNS * SUM_SLICES, 4)
     sum_strips_kernel(const float* scratch, Strips strips, StreamGradients<N> out, int batches,

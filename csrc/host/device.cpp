@@ -19,12 +19,6 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
-#if defined(__SANITIZE_THREAD__)
-constexpr bool SEES_RACES = true;
-#else
-constexpr bool SEES_RACES = false;
-#endif
-
 // What the layer itself reads and writes is no part of the kernels that TSan looks at.
 #define UNSEEN __attribute__((no_sanitize("thread")))
 
@@ -33,7 +27,6 @@ namespace {
 
 constexpr size_t PAGE = 4096;
 constexpr int MAX_THREADS = 1024;
-constexpr size_t MAX_TSAN_FIBERS = 7000;  // TSan counts to 8128; blocks further apart race unseen
 constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
 constexpr size_t SHARED_AT_MOST = 227 << 10;  // sm_90, sm_100
 
@@ -63,6 +56,12 @@ fluxkern_host_switch:
 .size fluxkern_host_switch, .-fluxkern_host_switch
 )");
 
+#if defined(__SANITIZE_THREAD__)
+constexpr bool SEES_RACES = true;
+#else
+constexpr bool SEES_RACES = false;
+#endif
+
 struct Scheduler {  // the context that hands out turns
     void* stack_pointer;
     void* asan_stack;
@@ -78,8 +77,9 @@ char block_released[2];  // TSan: before a barrier, by the barrier's parity
 int block_phase;
 std::mutex one_launch;
 std::string message;
-std::vector<void*> tsan_fibers;  // of the launch: TSan takes a later fiber for one destroyed
 std::map<const void*, int> allowed_shared;
+int stacks = MAX_THREADS, first_stack;  // TSan: not the block before's, which it can race with
+char block_start;  // TSan: what was there when the block began
 
 // sanitizers
 
@@ -130,6 +130,7 @@ UNSEEN void first_turn() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack_bottom, &scheduler.stack_size);
 #endif
+    acquire(&block_start);
     (*kernel_body)();
     release(&launch_end);
     self().state = State::done;
@@ -154,7 +155,7 @@ UNSEEN void wait(State state, Site site) {
 
 // One stack a thread, its lowest page out of bounds; made once.
 UNSEEN Thread& thread_at(int i) {
-    static char* const stacks = [] {
+    static char* const memory = [] {
         const size_t size = (MAX_THREADS + 1) * STACK;
         void* const all = mmap(nullptr, size, PROT_READ | PROT_WRITE,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -164,7 +165,8 @@ UNSEEN Thread& thread_at(int i) {
         for (int i = 0; i < MAX_THREADS; ++i) mprotect(first + i * STACK, PAGE, PROT_NONE);
         return first;
     }();
-    return reinterpret_cast<Thread*>(stacks + (i + 1) * STACK)[-1];
+    const int stack = (first_stack + i) % stacks;
+    return reinterpret_cast<Thread*>(memory + (stack + 1) * STACK)[-1];
 }
 
 UNSEEN void prepare(Thread& thread) {
@@ -180,15 +182,8 @@ UNSEEN void prepare(Thread& thread) {
     __asan_unpoison_memory_region(stack_of(thread) + PAGE, STACK - PAGE);
 #endif
 #if defined(__SANITIZE_THREAD__)
-    thread.tsan_fiber = tsan_fibers.emplace_back(__tsan_create_fiber(0));
+    if (thread.tsan_fiber == nullptr) thread.tsan_fiber = __tsan_create_fiber(0);
 #endif
-}
-
-UNSEEN void destroy_tsan_fibers() {
-#if defined(__SANITIZE_THREAD__)
-    for (void* fiber : tsan_fibers) __tsan_destroy_fiber(fiber);
-#endif
-    tsan_fibers.clear();
 }
 
 UNSEEN uint3 unravel(int64_t i, dim3 sizes) {
@@ -308,7 +303,10 @@ UNSEEN bool run_block(const cudaLaunchConfig_t& config, uint3 block_index, void*
                       bool reverse) {
     const int threads = int(volume(config.blockDim));
     block_phase = 0;
-    if (tsan_fibers.size() > MAX_TSAN_FIBERS) destroy_tsan_fibers();
+    if (SEES_RACES) {
+        stacks = std::min(2 * threads, MAX_THREADS);
+        first_stack = (first_stack + 377) % stacks;
+    }
     for (int i = 0; i < threads; ++i) {
         Thread& thread = thread_at(i);
         thread.index = unravel(i, config.blockDim);
@@ -319,6 +317,7 @@ UNSEEN bool run_block(const cudaLaunchConfig_t& config, uint3 block_index, void*
         thread.shared = shared;
         prepare(thread);
     }
+    release(&block_start);
     const bool finished = run_threads(threads, reverse);
     if (!finished) message = divergence(threads);
     return finished;
@@ -390,7 +389,6 @@ UNSEEN cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
         finished = run_block(config, index, used.back().get(), reverse);
     }
     acquire(&launch_end);
-    destroy_tsan_fibers();
     return finished ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
