@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SETUP := $(BIN)/python setup.py --quiet
 
-.PHONY: install build build-cuda build-host wheel demo test test-build check clean
+.PHONY: install build build-cuda build-host wheel demo test test-build sanitize gpu-check check clean
 
 install: $(VENV)/.installed build
 
@@ -38,7 +38,14 @@ test: build build-host
 	$(BIN)/python -m pytest -q
 
 test-build: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m build
+	$(BIN)/python -m pytest -q -m build tests/test_build.py
+
+sanitize: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m sanitize tests/test_sanitizers.py
+
+# needs no virtual environment: python3 with torch, on a machine with a GPU
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(if $(BUDGET),--budget $(BUDGET))
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
