@@ -13,7 +13,7 @@ SETUP := $(BIN)/python setup.py --quiet
 
 install: $(VENV)/.installed build
 
-$(VENV)/.installed: pyproject.toml setup.py
+$(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH) $(TRITON) 'setuptools>=77' wheel
 	FLUXKERN_BUILD=$(FLUXKERN_BUILD) $(PIP) install --no-build-isolation --editable '.[dev]'
