@@ -1,6 +1,6 @@
 """Whether the kernels are right and fast on this machine's GPU, in one command without a network.
 
-    python3 -m benchmarks.gpu_check --out DIR [--budget SECONDS] [--only PART ...] [--resume]
+    python3 -m benchmarks.gpu_check [--out DIR] [--budget SECONDS] [--only PART ...] [--resume]
 
 Each part runs in processes of its own and writes DIR/<part>.json while it goes; a failure or a
 crash of one does not stop the others. `--dry-run` goes through all of them with the CPU in place
@@ -23,10 +23,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fluxkern import bench
+try:
+    from fluxkern import bench
+except ModuleNotFoundError as missing:
+    if missing.name != "torch":
+        raise
+    print(f"no GPU: {sys.executable} has no torch; make gpu-check PYTHON=... names another")
+    sys.exit(3)
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = 3
+LINES = 60  # of the final table, which has fewer
 PASSED, FAILED, SKIPPED, RUNNING = "passed", "failed", "skipped", "cut off"
 PROMPT = "a red circle on a blue background"
 FUSED = "joint_gated_residual_norm_modulate"
@@ -198,7 +205,9 @@ def sanitized(part: Part, tool: str, sanitizer: str | None) -> dict[str, Any]:
     """One tool of compute-sanitizer over every op forward and backward at an odd size."""
     workload = python("-m", "benchmarks.ops", "--rounds", "0", "--shape", "odd", "--threads", "1")
     workload += ["--dtype", "bf16", "--device", "cpu" if part.dry_run else "cuda"]
-    workload += ["--only", "cpu" if part.dry_run else "cuda", "triton"]
+    workload += (
+        ["--only", "cuda", "triton"] if not part.dry_run else ["--only", "cpu", "--op", FUSED]
+    )
     wrapped = [sanitizer, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a tensor ends where its memory does
     status, said = part.run([*wrapped, *workload] if sanitizer else workload, environment)
@@ -226,7 +235,7 @@ def sanitizer(part: Part) -> tuple[str, dict[str, Any]]:
 
 
 def ops(part: Part) -> tuple[str, dict[str, Any]]:
-    """The norm family against eager, torch.compile and copies of as many bytes."""
+    """Every op against eager, torch.compile and copies of as many bytes, the norm family first."""
     file = part.out / f".{part.file.stem}.part"
     command = python("-m", "benchmarks.ops", "--json", str(file))
     if part.dry_run:
@@ -333,23 +342,39 @@ def check(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def line_of(found: dict[str, Any]) -> str:
-    details = {
-        "build": lambda: (found["build_info"] or {}).get("_C_cuda", {}).get("architectures", ""),
-        "contract": lambda: "; ".join(
-            f"{name} {b['passed']} passed, {b['failed']} failed, {b['skipped']} skipped"
-            for name, b in found["backends"].items()
-        ),
-        "sanitizer": lambda: "; ".join(
-            f"{name}: {tool['summary'] or tool['status']}" for name, tool in found["tools"].items()
-        ),
-        "ops": lambda: f"{len(found['ops']['verified'])} comparisons",
-        "picture": lambda: f"{found['judge']}, {found['levels_from_reference']} levels from plain",
-    }
-    try:
-        detail = details[found["part"]]()
-    except (KeyError, TypeError):
-        detail = " / ".join(found.get("said", [])[-1:])
-    return f"{found['part']:10} {found['status']:8} {found['seconds']:6.0f} s  {detail}"[:200]
+    status = found["status"]
+    detail = DETAILS[found["part"]](found) if status == PASSED else why_not(found)
+    return f"{found['part']:10} {status:8} {found['seconds']:6.0f} s  {detail}"[:200]
+
+
+def why_not(found: dict[str, Any]) -> str:
+    if "out_of_time" in found:
+        return f"its {found['out_of_time']} s were up"
+    if "backends" in found:
+        return DETAILS["contract"](found)
+    if "tools" in found:
+        return DETAILS["sanitizer"](found)
+    if found["part"] == "ops" and found.get("ops"):
+        return DETAILS["ops"](found)
+    return " / ".join(found.get("said", [])[-1:])
+
+
+DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "build": lambda found: str(found["environment"]),
+    "contract": lambda found: "; ".join(
+        f"{name} {b['passed']} passed, {b['failed']} failed, {b['skipped']} skipped"
+        for name, b in found["backends"].items()
+    ),
+    "sanitizer": lambda found: "; ".join(
+        f"{name}: {tool['summary'] or tool['status']}" for name, tool in found["tools"].items()
+    ),
+    "ops": lambda found: (
+        f"{len(found['ops']['verified'])} comparisons, {len(found['ops']['refused'])} refused"
+    ),
+    "picture": lambda found: (
+        f"{found['judge']}, {found['levels_from_reference']} levels from the reference's"
+    ),
+}
 
 
 def op_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -387,13 +412,15 @@ def final_table(results: list[dict[str, Any]], dry_run: bool) -> str:
     if measured:
         lines.append(", ".join(f"{n} {v:.4g}" for n, v in measured.get("ceilings", {}).items()))
         lines += op_lines(measured["rows"]) + [f"REFUSED {why}" for why in measured["refused"]]
-    return "\n".join(lines[:59])
+    if len(lines) >= LINES:
+        lines[LINES - 2 :] = [f"and {len(lines) - LINES + 2} lines more, see ops.json"]
+    return "\n".join(lines)
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu_check", description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    add("--out", type=Path, default=Path("out/gpu-check"), metavar="DIR", help="%(default)s")
     add("--budget", type=float, default=540, metavar="SECONDS", help="for all parts, 540")
     add("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     add("--resume", action="store_true", help="leave parts that have passed before")

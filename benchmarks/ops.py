@@ -17,10 +17,15 @@ import torch
 from fluxkern import bench
 from fluxkern.cases import CASES, SHAPES, TEST_SIZES
 
-OPS = sorted(  # with kernels of ours, the fused and joint ones first
-    (op for op, case in CASES.items() if case.backends),
-    key=lambda op: (-CASES[op].moved(SHAPES["compact"]), "joint" not in op),
+NORM_FAMILY = (  # in order of importance
+    "joint_gated_residual_norm_modulate",
+    "joint_norm_modulate",
+    "joint_gated_residual",
+    "gated_residual_norm_modulate",
+    "norm_modulate",
+    "gated_residual",
 )
+OPS = [*NORM_FAMILY, *(op for op in CASES if CASES[op].backends and op not in NORM_FAMILY)]
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:

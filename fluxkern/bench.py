@@ -310,14 +310,22 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def watched() -> Iterator[set[tuple[str, str]]]:
-    """Collects which ops ran inside, and on which backend."""
+    """Collects which ops were called inside, and which backend ran them.
+
+    What a kernel calls for a part of its work is its own affair.
+    """
     ran: set[tuple[str, str]] = set()
-    registry = ops._dispatch._registry
+    registry, running = ops._dispatch._registry, []
 
     def recording(name: str, backend: ops.Backend) -> ops.Backend:
         def run(*args: object) -> object:
-            ran.add((name, backend.name))
-            return backend.run(*args)
+            if not running:
+                ran.add((name, backend.name))
+            running.append(name)
+            try:
+                return backend.run(*args)
+            finally:
+                running.pop()
 
         return replace(backend, run=run)
 
