@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SETUP := $(BIN)/python setup.py --quiet
 
-.PHONY: install build build-cuda build-host wheel demo test test-build sanitize gpu-check check clean
+.PHONY: install build build-cuda build-host wheel demo test test-build sanitize bench gpu-check check clean
 
 install: $(VENV)/.installed build
 
@@ -42,6 +42,9 @@ test-build: $(VENV)/.installed
 
 sanitize: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m sanitize tests/test_sanitizers.py
+
+bench: build
+	$(BIN)/python -m pytest benchmarks
 
 # needs no virtual environment: python3 with torch, on a machine with a GPU
 gpu-check:
