@@ -156,7 +156,7 @@ def attend(
     return out, total, new_top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("L", "M"))
 def attention_kernel(
     q_source,
     k_source,
@@ -269,7 +269,7 @@ def attention_lse(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> 
 # backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("L",))
 def attention_delta_kernel(
     out,
     dout,
@@ -305,7 +305,7 @@ def load_softmax_rows(rows_ptr, b, start, h, L, BLOCK: tl.constexpr):
     return lse, tl.load(ptr + tl.num_programs(2) * heads * L, mask=rows < L, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("L", "M"))
 def attention_backward_keys_kernel(
     q_source,
     k_source,
@@ -342,7 +342,7 @@ def attention_backward_keys_kernel(
     store_tile(dv_view, dv, b, start, h, M, D, BLOCK_N, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("L", "M"))
 def attention_backward_queries_kernel(
     q_source,
     k_source,

@@ -43,7 +43,7 @@ def slope_of_gate(x):
     return s, tl.where(tl.abs(x) < 16, slope, 0.0)  # x * x may overflow where s is 0 or 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("L",))
 def gelu_tanh_kernel(
     x_ptr,
     dy_ptr,  # None: forward
