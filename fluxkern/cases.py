@@ -277,15 +277,21 @@ CASES = {
         lambda s: 4 * s.heads_of_all,
         lambda s: 6 * s.heads_of_all,
         "reads and writes q and k; backward reads both gradients and inputs, writes two",
+        backends=("triton",),
     ),
     "joint_qk_norm_rope": Case(
         _joint_qk_norm_rope,
         lambda s: 6 * s.heads_of_all,
         lambda s: 6 * s.heads_of_all,
         "reads and writes q, k and v; backward as qk_norm_rope, dv is a view",
+        backends=("triton",),
     ),
     "qk_norm_rope_": Case(
-        _in_place, lambda s: 4 * s.heads_of_all, None, "reads and writes q and k"
+        _in_place,
+        lambda s: 4 * s.heads_of_all,
+        None,
+        "reads and writes q and k",
+        backends=("triton",),
     ),
     "attention": Case(
         _attention,
@@ -294,7 +300,7 @@ CASES = {
         "reads q, k, v, writes out; backward reads out and dout too and writes three;"
         " two products of L x L x D a head",
         _attention_flops,
-        ("cpu",),
+        ("cpu", "triton"),
     ),
     "attention_lse": Case(
         _attention,
@@ -302,7 +308,7 @@ CASES = {
         lambda s: 8 * s.heads_of_all,
         "as attention",
         _attention_flops,
-        ("cpu",),
+        ("cpu", "triton"),
     ),
     "rope_attention": Case(
         _rope_attention,
@@ -310,7 +316,7 @@ CASES = {
         None,
         "as attention: norm and rotation need no pass of their own",
         _attention_flops,
-        ("cpu",),
+        ("cpu", "triton"),
     ),
     "linear": Case(
         _linear,
@@ -326,12 +332,14 @@ CASES = {
         None,
         "reads the weight, 6 C x C",
         lambda s: 12 * s.batch * s.hidden**2,
+        ("triton",),
     ),
     "gelu_tanh": Case(
         _gelu_tanh,
         lambda s: 8 * s.stream,
         lambda s: 12 * s.stream,
         "reads and writes the MLP's 4 C a token; backward reads two and writes one",
+        backends=("triton",),
     ),
     "group_norm_silu": Case(
         _group_norm_silu,
