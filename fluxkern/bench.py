@@ -341,6 +341,32 @@ def watched() -> Iterator[set[tuple[str, str]]]:
         registry.update(before)
 
 
+def private_op(op: str, backend: str) -> Callable | None:
+    """The compiled kernel behind a backend, which takes its outputs as the last arguments."""
+    library = getattr(torch.ops, f"fluxkern_{backend.replace('-', '_')}")
+    packet = getattr(library, op, None)
+    return packet.default if packet is not None else None
+
+
+def kernels_alone(op: str, args: dict[str, Any], backends: Calls) -> Calls:
+    """The forward without Python, checks and allocation: what is held against a copy on a CPU.
+
+    After its caches are emptied a CPU reads the interpreter anew too, some 0.1 ms a call.
+    """
+    found: Calls = {}
+    for name in backends:
+        kernel = None if name in BASELINES else private_op(op, name)
+        if kernel is not None:
+            expected, out = (outputs(getattr(ops, op), args, backend=name) for _ in range(2))
+            found[f"{name} kernel"] = partial(kernel, *in_schema_order(op, args, name)[:-1], *out)
+            for tensor in out:
+                tensor.fill_(float("nan"))
+            found[f"{name} kernel"]()
+            if not all(torch.equal(o, e) for o, e in zip(out, expected, strict=True)):
+                raise WrongResult(f"{op} by the {name} kernel alone: not what the op gives")
+    return found
+
+
 def gradients(run: Callable, args: dict[str, Any], dout: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     args = args | {n: v.detach().requires_grad_() for n, v in leaves(args).items()}
     out = outputs(run, args)
@@ -576,6 +602,8 @@ def measure(
         calls, error, without = verified(op, args, direction, named)
         if not rounds:
             return Comparison([], error, skipped | without)
+        if device == "cpu" and direction == "forward" and not op.endswith("_"):
+            calls |= kernels_alone(op, args, calls)
         copy = copies(size, device)
         samples, timer = times(copy | calls, device, rounds)
     ceiling = samples[best({name: samples[name] for name in copy})]
@@ -620,11 +648,11 @@ def routes(op: str, backend: str, args: dict[str, Any]) -> Calls:
         "public function": lambda: public(**args, backend=backend),
         "torch op": lambda: torch_route(*positional),
     }
-    library = getattr(torch.ops, f"fluxkern_{backend.replace('-', '_')}")
-    packet = getattr(library, op, None)
-    if packet is not None:
-        private, out = packet.default, outputs(public, args, backend=backend)
-        found["private op"] = lambda: private(*positional[:-1], *out)
+    private = private_op(op, backend)
+    if private is not None:
+        found["private op"] = partial(
+            private, *positional[:-1], *outputs(public, args, backend=backend)
+        )
     return found
 
 
@@ -755,7 +783,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         about = (row.op, row.direction, row.dtype, row.shape, row.device)
         if about != heading:
-            lines += ["", ", ".join(about) + f"; {row.timer}", f"  {'':10} {columns}  max error"]
+            lines += ["", ", ".join(about) + f"; {row.timer}", f"  {'':12} {columns}  max error"]
             heading = about
         gains = " ".join(
             f"{row.times[b]:{width}.2f}" if b in row.times else " " * width
@@ -763,7 +791,7 @@ def table(rows: list[Row]) -> str:
         )
         error = "" if row.max_error is None else f"{row.max_error:.2g}"
         lines.append(
-            f"  {row.provider:10} {row.median * 1e6:11.1f} {spread(row.seconds) * 1e6:9.1f}"
+            f"  {row.provider:12} {row.median * 1e6:11.1f} {spread(row.seconds) * 1e6:9.1f}"
             f" {row.bytes / row.median / 1e9:8.1f} {row.share:6.0%} {gains}  {error}"
         )
     return "\n".join(lines[1:])

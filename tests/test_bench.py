@@ -201,6 +201,24 @@ def test_a_backward_of_another_backend_is_refused():
         bench.verify("gated_residual", "reference", run, args, backward)
 
 
+def test_a_kernel_alone_is_a_row_of_its_own_and_gives_the_bits_of_the_op():
+    found = bench.measure("norm_modulate", "odd", "bf16", rounds=7, only=("eager", "cpu"))
+    if "cpu" in found.skipped:
+        pytest.skip(found.skipped["cpu"])
+    assert [row.provider for row in found.rows] == ["copy", "eager", "cpu", "cpu kernel"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda *args: None, lambda *args: args[-1].zero_()], ids=["unwritten", "zeros"]
+)
+def test_a_kernel_alone_that_does_not_give_the_bits_of_the_op_is_refused(
+    wrong: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bench, "private_op", lambda op, backend: wrong)
+    with pytest.raises(WrongResult, match="reference kernel alone"):
+        bench.kernels_alone("norm_modulate", args_of("norm_modulate"), {"reference": None})
+
+
 def test_torch_compile_that_cannot_run_is_left_out_with_its_reason():
     def fails(**args: object) -> None:
         raise RuntimeError("no C++ compiler\nand more")
