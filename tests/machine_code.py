@@ -174,6 +174,7 @@ def kernel_ops() -> list[str]:
     return [op for op in ops if f"joint_{op}" not in ops]
 
 
+VARIANTS = ("rope_attention",)  # ops that launch the kernels of others, specialised otherwise
 GRADIENT_OF = {"dh": "x", "dx_new": "x", "x_new": "x", "dy": "x", "dout": "q", "out": "q"}
 GRADIENT_OF |= {"dq_out": "q", "dk_out": "k"}
 
@@ -189,6 +190,7 @@ def arguments(op: str) -> list:
     case = "attention_lse" if case == "attention" else case
     values = CASES[case].inputs(Maker(SHAPES[SHAPE], torch.bfloat16, "meta"))
     values |= {"eps": 1e-6, "backend": None}
+    values |= {t: values[t].contiguous() for t in ("cos", "sin") if t in values}  # as our model's
     for name, of in GRADIENT_OF.items():
         if of in values:
             values.setdefault(name, values[of].new_empty(values[of].shape))
@@ -220,10 +222,10 @@ def rows_of(arch: int, ops: list[str], only: str | None = None) -> list[dict[str
             done = len(compiled)
             launch(op, arguments(op))
             for kernel in compiled[done:]:
-                name = kernel.metadata.name
+                name = kernel.metadata.name + f" in {op}" * (op in VARIANTS)
                 if name not in seen and only in (None, name):
                     seen.add(name)
-                    rows.append(read_compiled(kernel, arch, op))
+                    rows.append(read_compiled(kernel, arch, op) | {"kernel": name})
     return rows
 
 

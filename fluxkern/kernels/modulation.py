@@ -33,12 +33,12 @@ def modulation_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     o = (tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
-    vec_ptr += ((rows // B).to(tl.int64) * vec_stride_s + (rows % B) * vec_stride_b)[:, None]
+    vec_ptr += ((rows // B) * vec_stride_s + (rows % B) * vec_stride_b)[:, None]
     total = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
     for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
         vec_mask = (rows < R)[:, None] & (k < K)[None, :]
         vec = tl.load(vec_ptr + k[None, :] * vec_stride_k, mask=vec_mask, other=0.0)
         x = vec.to(tl.float32)
@@ -51,7 +51,7 @@ def modulation_kernel(
         total += tl.load(bias_ptr + o * bias_stride, mask=o < O, other=0.0).to(tl.float32)[None, :]
     out = total.to(out_ptr.dtype.element_ty)
     mask = (rows < R)[:, None] & (o < O)[None, :]
-    tl.store(out_ptr + rows[:, None].to(tl.int64) * O + o[None, :], out, mask=mask)
+    tl.store(out_ptr + rows[:, None] * O + o[None, :], out, mask=mask)
 
 
 def modulation(vec: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
