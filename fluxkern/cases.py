@@ -346,5 +346,6 @@ CASES = {
         lambda s: 2 * s.batch * 4 * s.heads * s.tokens * 7,
         lambda s: 3 * s.batch * 4 * s.heads * s.tokens * 7,
         "reads x, writes the same; backward reads two and writes one",
+        backends=("triton",),
     ),
 }
