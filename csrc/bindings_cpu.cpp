@@ -1,6 +1,5 @@
 // fluxkern_cpu: the CPU kernels as private torch ops; chooses the instruction set.
 #include <torch/csrc/stable/tensor.h>
-#include <unistd.h>
 
 #include "cpu/kernels.h"
 
@@ -29,20 +28,12 @@ Isa best_isa() {
     return runs_here(Isa::avx512) ? Isa::avx512 : runs_here(Isa::avx2) ? Isa::avx2 : Isa::baseline;
 }
 
-int64_t last_level_cache() {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (bytes > 0) return bytes;
-#endif
-    return int64_t(32) << 20;
-}
-
 void parallel_for(int64_t begin, int64_t end, int64_t grain,
                   void (*range)(int64_t, int64_t, void*), void* state) {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, range, state));
 }
 
-kernels::Context context = {best_isa(), last_level_cache(), parallel_for};
+kernels::Context context = {best_isa(), parallel_for};
 
 template <class Launch>
 void run(const torch::stable::Tensor&, const Launch& launch) {
@@ -73,9 +64,9 @@ std::string isa() {
 
 void stream_copy(const Tensor& source, const Tensor& target) {
     const int64_t bytes = source.numel() * int64_t(source.element_size());
-    STD_TORCH_CHECK(source.is_contiguous() && target.is_contiguous() && bytes % 64 == 0 &&
+    STD_TORCH_CHECK(source.is_contiguous() && target.is_contiguous() && bytes % 128 == 0 &&
                         target.numel() * int64_t(target.element_size()) == bytes,
-                    "source and target must be contiguous, of one size, a multiple of 64 bytes");
+                    "source and target must be contiguous, of one size, a multiple of 128 bytes");
     const auto place = uint64_t(source.data_ptr()) | uint64_t(target.data_ptr());
     STD_TORCH_CHECK(place % 64 == 0, "source and target must be aligned to 64 bytes");
     kernels::stream_copy(source.data_ptr(), target.data_ptr(), bytes, context);

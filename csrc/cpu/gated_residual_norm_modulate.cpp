@@ -10,11 +10,11 @@
 namespace fluxkern::cpu::FLUXKERN_ISA {
 namespace {
 
-struct Buffer {  // fp32 [C], of one thread
+struct Buffer {  // fp32 [padded(C)]
     float* const data;
 
     explicit Buffer(int64_t C)
-        : data(static_cast<float*>(std::aligned_alloc(64, (C * sizeof(float) + 63) / 64 * 64))) {}
+        : data(static_cast<float*>(std::aligned_alloc(64, padded(C) * sizeof(float)))) {}
     ~Buffer() {
         std::free(data);
     }
@@ -27,24 +27,38 @@ void gated_residual_norm_modulate(DType dtype, Tokens x, Tokens y, Rows txt_gate
                                   Tokens x_new, Tokens h, const Sizes& sizes, float eps,
                                   const Context& context) {
     with_dtype(dtype, [&]<class T>(T) {
-        const bool streaming = streams<T>(context, sizes, x_new) && streams<T>(context, sizes, h);
-        each_row(context, sizes, [&](const Place& at) {
+        const bool streaming = streams<T>(sizes, x_new) && streams<T>(sizes, h);
+        each_range(context, sizes, [&](int64_t begin, int64_t end) {
             const Buffer kept(sizes.C);
-            const T *x_row = row_of<T>(x, at), *y_row = row_of<T>(y, at);
-            const T* gate = row_of<T>(at.txt ? txt_gate : img_gate, at.b);
-            const Out<T> out = out_of<T>(x_new, at, streaming);
-            Sum sum;
-            each_vec(sizes.C, [&](int64_t i, int lane, auto part) {
-                const Vec branch = load(gate + i, part) * load(y_row + i, part);
-                const Vec v = rounded<T>(load(x_row + i, part) + branch);
-                out.store(i, v, part);
-                store(kept.data + i, v, part);
-                sum.add(lane, v);
-            });
-            const Statistics s = statistics_of(kept.data, sum.total(), sizes.C, eps);
-            write_norm_modulate(kept.data, row_of<T>(at.txt ? txt_scale : img_scale, at.b),
-                                row_of<T>(at.txt ? txt_shift : img_shift, at.b),
-                                out_of<T>(h, at, streaming), sizes.C, s);
+            const T *scale = nullptr, *shift = nullptr;
+            Out<T> h_row = {};
+            Statistics s = {};
+            for (int64_t row = begin; row <= end; ++row) {
+                const Place at = place_of(row < end ? row : end - 1, sizes);
+                const T *x_row = row_of<T>(x, at), *y_row = row_of<T>(y, at);
+                const T* gate = row_of<T>(at.txt ? txt_gate : img_gate, at.b);
+                const Out<T> x_new_row = out_of<T>(x_new, at, streaming);
+                const auto read = [&](int64_t i, const auto&) { return load(kept.data + i); };
+                Sum sum;
+                const auto start = [&](int64_t i, int lane, auto part) {
+                    const Vec branch = load(gate + i, part) * load(y_row + i, part);
+                    const Vec v = rounded(load(x_row + i, part) + branch, T{});
+                    x_new_row.store_rounded(i, v, part);
+                    store(kept.data + i, v);
+                    sum.add(lane, v);
+                    prefetch(x_row + x.stride_l + i);
+                    prefetch(y_row + y.stride_l + i);
+                };
+                const auto finish = [&](int64_t i, auto part) {
+                    const Vec m = load(scale + i, part), a = load(shift + i, part);
+                    h_row.store(i, modulated(read(i, part), s, m, a), part);
+                };
+                overlapped<T>(sizes.C, row < end, row > begin, start, finish);
+                scale = row_of<T>(at.txt ? txt_scale : img_scale, at.b);
+                shift = row_of<T>(at.txt ? txt_shift : img_shift, at.b);
+                h_row = out_of<T>(h, at, streaming);
+                s = statistics_of<T>(sum.total() / float(sizes.C), sizes.C, eps, read);
+            }
         });
     });
 }
@@ -56,26 +70,47 @@ void gated_residual_norm_modulate_backward(DType dtype, Tokens dx_new, Tokens dh
                                            Rows img_dscale, Rows img_dshift, const Sizes& sizes,
                                            float eps, float* scratch, const Context& context) {
     with_dtype(dtype, [&]<class T>(T) {
-        const bool streaming = streams<T>(context, sizes, dx) && streams<T>(context, sizes, dy);
-        each_row_of_chunks<3>(context, sizes, scratch, [&](const Place& at, float* dgate) {
+        const bool streaming = streams<T>(sizes, dx) && streams<T>(sizes, dy);
+        const auto group = [&]<int R>(Group<R>, const Place& at, float* dgate) {
             const T *dx_new_row = row_of<T>(dx_new, at), *dh_row = row_of<T>(dh, at);
             const T *x_row = row_of<T>(x_new, at), *y_row = row_of<T>(y, at);
             const T* gate = row_of<T>(at.txt ? txt_gate : img_gate, at.b);
             const T* scale = row_of<T>(at.txt ? txt_scale : img_scale, at.b);
-            const Out<T> dx_out = out_of<T>(dx, at, streaming), dy_out = out_of<T>(dy, at, streaming);
-            float *dscale = dgate + sizes.C, *dshift = dscale + sizes.C;
-            const NormGradient gradient = gradient_of(x_row, dh_row, scale, sizes.C, eps);
-            each_vec(sizes.C, [&](int64_t i, int, auto part) {
-                const Vec n = gradient.normed(load(x_row + i, part)), g = load(dh_row + i, part);
-                const Vec through_norm = gradient.dx(n, scaled(g, load(scale + i, part)));
-                const Vec total = load(dx_new_row + i, part) + through_norm;
-                dx_out.store(i, total, part);
-                dy_out.store(i, load(gate + i, part) * total, part);
-                store(dgate + i, load(dgate + i, part) + total * load(y_row + i, part), part);
-                store(dscale + i, load(dscale + i, part) + g * n, part);
-                store(dshift + i, load(dshift + i, part) + g, part);
+            const Out<T> dx_row = out_of<T>(dx, at, streaming), dy_row = out_of<T>(dy, at, streaming);
+            float *dscale = dgate + padded(sizes.C), *dshift = dscale + padded(sizes.C);
+            NormGradient gradients[R];
+            for (int r = 0; r < R; ++r) {
+                const auto ahead = [&](int64_t i) {
+                    prefetch(dx_new_row + r * dx_new.stride_l + i);
+                    prefetch(y_row + r * y.stride_l + i);
+                };
+                gradients[r] = gradient_of(x_row + r * x_new.stride_l, dh_row + r * dh.stride_l,
+                                           scale, sizes.C, eps, ahead);
+            }
+            each_vec<T>(sizes.C, [&](int64_t i, int, auto part) {
+                const Vec m = load(scale + i, part), gates = load(gate + i, part);
+                Vec gate_sum = load(dgate + i), scale_sum = load(dscale + i);
+                Vec shift_sum = load(dshift + i);
+                for (int r = 0; r < R; ++r) {
+                    const T* x_now = x_row + r * x_new.stride_l + i;
+                    const T* dh_now = dh_row + r * dh.stride_l + i;
+                    const Vec n = gradients[r].normed(load(x_now, part)), g = load(dh_now, part);
+                    const Vec total = load(dx_new_row + r * dx_new.stride_l + i, part) +
+                                      gradients[r].dx(n, scaled(g, m));
+                    dx_row.store(r * dx.stride_l + i, total, part);
+                    dy_row.store(r * dy.stride_l + i, gates * total, part);
+                    gate_sum = gate_sum + total * load(y_row + r * y.stride_l + i, part);
+                    scale_sum = scale_sum + g * n;
+                    shift_sum = shift_sum + g;
+                    prefetch(x_now + R * x_new.stride_l);
+                    prefetch(dh_now + R * dh.stride_l);
+                }
+                store(dgate + i, gate_sum);
+                store(dscale + i, scale_sum);
+                store(dshift + i, shift_sum);
             });
-        });
+        };
+        each_group<3>(context, sizes, scratch, group);
         add_chunks<T, 3>(context, sizes, scratch, {txt_dgate, txt_dscale, txt_dshift},
                          {img_dgate, img_dscale, img_dshift});
     });

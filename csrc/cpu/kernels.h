@@ -19,7 +19,6 @@ enum class Isa { baseline, avx2, avx512 };
 
 struct Context {
     Isa isa;
-    int64_t cache_bytes;  // of the last level; results larger than it are not kept there
     // Calls range on parts of [begin, end), none smaller than grain, on the threads of torch.
     void (*parallel_for)(int64_t begin, int64_t end, int64_t grain,
                          void (*range)(int64_t begin, int64_t end, void* state), void* state);
@@ -81,9 +80,14 @@ static inline Chunks chunks_of(const Sizes& sizes) {
     return {rows, (sizes.txt_len + rows - 1) / rows, (sizes.L - sizes.txt_len + rows - 1) / rows};
 }
 
+// Of fp32 rows in scratch memory, which are read and written in whole vectors.
+static inline int64_t padded(int64_t C) {
+    return (C + 31) / 32 * 32;
+}
+
 static inline int64_t chunk_sums(const Sizes& sizes, int64_t vectors) {
     const Chunks chunks = chunks_of(sizes);
-    return sizes.B * (chunks.txt + chunks.img) * vectors * sizes.C;
+    return sizes.B * (chunks.txt + chunks.img) * vectors * padded(sizes.C);
 }
 
 static inline int64_t norm_modulate_backward_scratch(const Sizes& sizes, const Context&) {

@@ -1,4 +1,4 @@
-// LayerNorm of one row: statistics in two passes, and its gradient.
+// LayerNorm of one row: statistics in two passes, and its gradient. A row is given as read(i, part).
 #pragma once
 
 #include "rows.h"
@@ -10,32 +10,30 @@ struct Statistics {
     float mean, rstd;
 };
 
-template <class T>
-FLUXKERN_INLINE Statistics statistics_of(const T* x, float sum, int64_t C, float eps) {
-    const float mean = sum / float(C);
+FLUXKERN_INLINE float rstd_of(const Sum& squares, int64_t C, float eps) {
+    return 1 / __builtin_sqrtf(squares.total() / float(C) + eps);
+}
+
+template <class T, class Read>
+FLUXKERN_INLINE float mean_of(int64_t C, const Read& read) {
+    Sum sum;
+    each_vec<T>(C, [&](int64_t i, int lane, auto part) { sum.add(lane, read(i, part)); });
+    return sum.total() / float(C);
+}
+
+template <class T, class Read>
+FLUXKERN_INLINE Statistics statistics_of(float mean, int64_t C, float eps, const Read& read) {
     Sum squares;
-    each_vec(C, [&](int64_t i, int lane, auto part) {
-        const Vec d = keep(load(x + i, part) - mean, part);
+    each_vec<T>(C, [&](int64_t i, int lane, auto part) {
+        const Vec d = keep(read(i, part) - mean, part);
         squares.add(lane, d * d);
     });
-    return {mean, 1 / __builtin_sqrtf(squares.total() / float(C) + eps)};
+    return {mean, rstd_of(squares, C, eps)};
 }
 
-template <class T>
-FLUXKERN_INLINE float sum_of(const T* x, int64_t C) {
-    Sum sum;
-    each_vec(C, [&](int64_t i, int lane, auto part) { sum.add(lane, load(x + i, part)); });
-    return sum.total();
-}
-
-// h = (x - mean) * rstd * (1 + scale) + shift
-template <class X, class T>
-FLUXKERN_INLINE void write_norm_modulate(const X* x, const T* scale, const T* shift, Out<T> h,
-                                         int64_t C, Statistics s) {
-    each_vec(C, [&](int64_t i, int, auto part) {
-        const Vec n = (load(x + i, part) - s.mean) * s.rstd;
-        h.store(i, n * (1 + load(scale + i, part)) + load(shift + i, part), part);
-    });
+// (x - mean) * rstd * (1 + scale) + shift
+FLUXKERN_INLINE Vec modulated(Vec x, const Statistics& s, Vec scale, Vec shift) {
+    return (x - s.mean) * s.rstd * (1 + scale) + shift;
 }
 
 // dn = dh * (1 + scale), the same bits wherever it is needed: its mean may cancel it
@@ -52,23 +50,26 @@ struct NormGradient {
         return (x - s.mean) * s.rstd;
     }
     FLUXKERN_INLINE Vec dx(Vec n, Vec dn) const {
-        return s.rstd * (dn - mean_dn - n * mean_dn_n);
+        return (dn - mean_dn - n * mean_dn_n) * s.rstd;
     }
 };
 
-template <class T>
+// ahead(i) fetches what is read after it
+template <class T, class Ahead>
 FLUXKERN_INLINE NormGradient gradient_of(const T* x, const T* dh, const T* scale, int64_t C,
-                                         float eps) {
-    const float mean = sum_of(x, C) / float(C);
+                                         float eps, const Ahead& ahead) {
+    const auto read = [&](int64_t i, const auto& part) { return load(x + i, part); };
+    const float mean = mean_of<T>(C, read);
     Sum squares, dns, products;
-    each_vec(C, [&](int64_t i, int lane, auto part) {
-        const Vec d = keep(load(x + i, part) - mean, part);
+    each_vec<T>(C, [&](int64_t i, int lane, auto part) {
+        const Vec d = keep(read(i, part) - mean, part);
         const Vec dn = scaled(load(dh + i, part), load(scale + i, part));
         squares.add(lane, d * d);
         dns.add(lane, dn);
         products.add(lane, dn * d);
+        ahead(i);
     });
-    const float rstd = 1 / __builtin_sqrtf(squares.total() / float(C) + eps);
+    const float rstd = rstd_of(squares, C, eps);
     return {{mean, rstd}, dns.total() / float(C), products.total() * rstd / float(C)};
 }
 

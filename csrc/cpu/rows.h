@@ -28,13 +28,23 @@ Out<T> out_of(const Tokens& x, const Place& at, bool streaming) {
     return {static_cast<T*>(x.data) + at.b * x.stride_b + at.l * x.stride_l, streaming};
 }
 
-// Whether an output is larger than the caches and every vector of it aligned.
+// Whether an output is too large to be found in a cache later, and every vector of it aligned.
 template <class T>
-bool streams(const Context& context, const Sizes& sizes, const Tokens& out) {
-    constexpr uint64_t bytes = WIDTH * sizeof(T);
+bool streams(const Sizes& sizes, const Tokens& out) {
+    constexpr int64_t bytes = sizeof(Reg), enough = int64_t(4) << 20;
     const uint64_t places = uint64_t(out.data) | (out.stride_b | out.stride_l) * sizeof(T);
-    const int64_t size = sizes.B * sizes.L * sizes.C * int64_t(sizeof(T));
-    return bytes >= 16 && places % bytes == 0 && 4 * size > context.cache_bytes;
+    return places % bytes == 0 && sizes.B * sizes.L * sizes.C * int64_t(sizeof(T)) >= enough;
+}
+
+FLUXKERN_INLINE Place place_of(int64_t row, const Sizes& sizes) {
+    const int64_t b = row / sizes.L, l = row % sizes.L;
+    return {b, l, l < sizes.txt_len};
+}
+
+template <class Body>
+void each_range(const Context& context, const Sizes& sizes, const Body& body) {
+    const int64_t grain = sizes.C > 0 ? GRAIN / sizes.C + 1 : GRAIN;
+    parallel(context, sizes.B * sizes.L, grain, body);
 }
 
 template <class Body>
@@ -48,14 +58,34 @@ void each_row(const Context& context, const Sizes& sizes, const Body& body) {
     });
 }
 
+// Every row but the first is started in the loop that finishes the row before it, so that memory is
+// never idle: start(i, lane, part) of this row, finish(i, part) of the one before.
+template <class T, class Start, class Finish>
+FLUXKERN_INLINE void overlapped(int64_t C, bool starts, bool finishes, const Start& start,
+                                const Finish& finish) {
+    if (!finishes) return each_vec<T>(C, start);
+    if (!starts) {
+        return each_vec<T>(C, [&](int64_t i, int, auto part) { finish(i, part); });
+    }
+    each_vec<T>(C, [&](int64_t i, int lane, auto part) {
+        finish(i, part);
+        start(i, lane, part);
+    });
+}
+
 // sums over the tokens of a stream: one row of partial sums a chunk, added in order
 
-// body(Place, sums [N, C]) for the tokens of every chunk.
+template <int R>
+struct Group {};
+constexpr int GROUP = 4;
+
+// body(Group<R>, Place of the first, sums [N, padded(C)]) for groups of R tokens of every chunk, so
+// that vectors and sums are read and written once a group.
 template <int N, class Body>
-void each_row_of_chunks(const Context& context, const Sizes& sizes, float* scratch,
+void each_group(const Context& context, const Sizes& sizes, float* scratch,
                         const Body& body) {
     const Chunks chunks = chunks_of(sizes);
-    const int64_t each = chunks.txt + chunks.img;
+    const int64_t each = chunks.txt + chunks.img, C = padded(sizes.C);
     parallel(context, sizes.B * each, GRAIN / (chunks.rows * (sizes.C + 1)) + 1,
              [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) {
@@ -65,9 +95,12 @@ void each_row_of_chunks(const Context& context, const Sizes& sizes, float* scrat
                      int64_t l = txt ? c * chunks.rows
                                      : sizes.txt_len + (c - chunks.txt) * chunks.rows;
                      const int64_t last = l + chunks.rows < border ? l + chunks.rows : border;
-                     float* sums = scratch + i * N * sizes.C;
-                     __builtin_memset(sums, 0, N * sizes.C * sizeof(float));
-                     for (; l < last; ++l) body(Place{b, l, txt}, sums);
+                     float* sums = scratch + i * N * C;
+                     __builtin_memset(sums, 0, N * C * sizeof(float));
+                     for (; l + GROUP <= last; l += GROUP) {
+                         body(Group<GROUP>{}, Place{b, l, txt}, sums);
+                     }
+                     for (; l < last; ++l) body(Group<1>{}, Place{b, l, txt}, sums);
                  }
              });
 }
@@ -75,9 +108,10 @@ void each_row_of_chunks(const Context& context, const Sizes& sizes, float* scrat
 template <class T, int N>
 void add_chunks(const Context& context, const Sizes& sizes, const float* scratch,
                 const Rows (&txt)[N], const Rows (&img)[N]) {
-    constexpr int64_t TILE = LANES * WIDTH;
+    constexpr int64_t TILE = 2 * WIDTH;
     const Chunks chunks = chunks_of(sizes);
     const int64_t tiles = (sizes.C + TILE - 1) / TILE, each = chunks.txt + chunks.img;
+    const int64_t C = padded(sizes.C);
     parallel(context, sizes.B * 2 * N * tiles, GRAIN / (TILE * (each + 1)) + 1,
              [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) {
@@ -85,17 +119,18 @@ void add_chunks(const Context& context, const Sizes& sizes, const float* scratch
                      const bool of_txt = i / (N * tiles) % 2 == 0;
                      const Rows& rows = of_txt ? txt[n] : img[n];
                      if (rows.data == nullptr) continue;
-                     const int64_t first = of_txt ? 0 : chunks.txt;
+                     const int64_t first_chunk = of_txt ? 0 : chunks.txt;
                      const int64_t end_chunk = of_txt ? chunks.txt : each;
                      const int64_t column = tile * TILE, left = sizes.C - column;
-                     const float* sums = scratch + ((b * each) * N + n) * sizes.C + column;
-                     T* out = static_cast<T*>(rows.data) + b * rows.stride_b + column;
-                     each_vec(left < TILE ? left : TILE, [&](int64_t j, int, auto part) {
+                     const float* sums = scratch + (b * each * N + n) * C + column;
+                     const Out<T> out = {
+                         static_cast<T*>(rows.data) + b * rows.stride_b + column, false};
+                     each_vec<T>(left < TILE ? left : TILE, [&](int64_t j, int, auto part) {
                          Vec sum = {};
-                         for (int64_t c = first; c < end_chunk; ++c) {
-                             sum += load(sums + c * N * sizes.C + j, part);
+                         for (int64_t c = first_chunk; c < end_chunk; ++c) {
+                             sum = sum + load(sums + c * N * C + j);
                          }
-                         store(out + j, sum, part);
+                         out.store(j, sum, part);
                      });
                  }
              });

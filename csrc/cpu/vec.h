@@ -18,17 +18,18 @@ namespace fluxkern::cpu::FLUXKERN_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int WIDTH = 16;
+constexpr int REG = 16;
 #elif defined(__AVX2__)
-constexpr int WIDTH = 8;
+constexpr int REG = 8;
 #else
-constexpr int WIDTH = 4;
+constexpr int REG = 4;
 #endif
+constexpr int WIDTH = 2 * REG;  // of a Vec
+constexpr int PAD = 32;         // a multiple of every WIDTH
 
-typedef float Vec __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef float Reg __attribute__((vector_size(4 * REG)));
+typedef uint32_t Words __attribute__((vector_size(4 * REG)));
+typedef uint16_t Halves __attribute__((vector_size(2 * REG)));
 
 struct bf16 {
     uint16_t bits;
@@ -37,9 +38,11 @@ struct f16 {
     uint16_t bits;
 };
 
-FLUXKERN_INLINE Vec all(float v) {
-    return v - Vec{};
-}
+// Two registers: of fp32 and fp16 the first and second half of WIDTH elements, of bf16 the even and
+// the odd ones, which takes no shuffle. A Vec kept in fp32 memory stays in the order of its dtype.
+struct Vec {
+    Reg a, b;
+};
 
 template <class To, class From>
 FLUXKERN_INLINE To bit_cast(const From& from) {
@@ -49,153 +52,221 @@ FLUXKERN_INLINE To bit_cast(const From& from) {
     return to;
 }
 
-FLUXKERN_INLINE Vec select(Ints mask, Vec yes, Vec no) {
-    return mask ? yes : no;
+FLUXKERN_INLINE Vec all(float v) {
+    return {v - Reg{}, v - Reg{}};
 }
-
-// 32-bit words to their low 16 bits.
-FLUXKERN_INLINE Halves low_halves(Words v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256i packed = _mm256_packus_epi32(bit_cast<__m256i>(v), _mm256_setzero_si256());
-    return bit_cast<Halves>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
-#else
-    return __builtin_convertvector(v, Halves);
-#endif
+FLUXKERN_INLINE Vec operator+(Vec x, Vec y) {
+    return {x.a + y.a, x.b + y.b};
 }
-
-FLUXKERN_INLINE Words wide_words(Halves v) {
-    return __builtin_convertvector(v, Words);
+FLUXKERN_INLINE Vec operator-(Vec x, Vec y) {
+    return {x.a - y.a, x.b - y.b};
+}
+FLUXKERN_INLINE Vec operator*(Vec x, Vec y) {
+    return {x.a * y.a, x.b * y.b};
+}
+FLUXKERN_INLINE Vec operator+(float x, Vec y) {
+    return all(x) + y;
+}
+FLUXKERN_INLINE Vec operator-(Vec x, float y) {
+    return x - all(y);
+}
+FLUXKERN_INLINE Vec operator*(Vec x, float y) {
+    return x * all(y);
 }
 
 // A product rounded by itself, not fused into the sum that takes it.
-FLUXKERN_INLINE Vec product(Vec a, Vec b) {
-    Vec v = a * b;
+FLUXKERN_INLINE Vec product(Vec x, Vec y) {
+    Vec v = x * y;
 #if defined(__AVX512F__)
-    asm("" : "+v"(v));
+    asm("" : "+v"(v.a), "+v"(v.b));
 #elif defined(__AVX2__)
-    asm("" : "+x"(v));
+    asm("" : "+x"(v.a), "+x"(v.b));
 #elif defined(__aarch64__)
-    asm("" : "+w"(v));
+    asm("" : "+w"(v.a), "+w"(v.b));
 #endif
     return v;
 }
 
-// one vector from memory and back
+FLUXKERN_INLINE float total(Reg v) {
+#if defined(__x86_64__)
+#if defined(__AVX512F__)
+    const __m512 whole = bit_cast<__m512>(v);
+    const __m256 half = _mm512_maskz_extractf32x8_ps(0xff, whole, 0) +
+                        _mm512_maskz_extractf32x8_ps(0xff, whole, 1);
+    const __m128 quarter = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+#elif defined(__AVX2__)
+    const __m256 half = bit_cast<__m256>(v);
+    const __m128 quarter = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+#else
+    const __m128 quarter = bit_cast<__m128>(v);
+#endif
+    const __m128 two = quarter + _mm_movehl_ps(quarter, quarter);
+    return two[0] + two[1];
+#else
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+// elements: WIDTH of them as they lie in memory, in registers
+
+struct TwoHalves {
+    Halves a, b;
+};
+
+template <class T>
+struct StoredAs {
+    using type = Vec;
+};
+template <>
+struct StoredAs<bf16> {
+    using type = Words;  // little-endian: the even element is the low half
+};
+template <>
+struct StoredAs<f16> {
+    using type = TwoHalves;
+};
+template <class T>
+using Stored = typename StoredAs<T>::type;
 
 FLUXKERN_INLINE Vec widen(Vec v, float) {
     return v;
 }
 
-FLUXKERN_INLINE Vec widen(Halves v, bf16) {
-    return bit_cast<Vec>(wide_words(v) << 16);
+FLUXKERN_INLINE Vec widen(Words pairs, bf16) {
+    return {bit_cast<Reg>(pairs << 16), bit_cast<Reg>(pairs & 0xffff0000)};
 }
 
-FLUXKERN_INLINE Vec widen(Halves v, f16) {
+FLUXKERN_INLINE Reg widen(Halves v, f16) {
 #if defined(__AVX512F__)
-    return bit_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v)));
+    return bit_cast<Reg>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v)));
 #elif defined(__AVX2__)
-    return bit_cast<Vec>(_mm256_cvtph_ps(bit_cast<__m128i>(v)));
+    return bit_cast<Reg>(_mm256_cvtph_ps(bit_cast<__m128i>(v)));
 #else
-    const Words w = wide_words(v), sign = (w & 0x8000) << 16, rest = (w & 0x7fff) << 13;
-    const Words special = Words((w & 0x7c00) == 0x7c00) & 0x70000000;  // inf, NaN: exponent 255
-    const Vec scaled = bit_cast<Vec>(rest) * 0x1p112f;                 // subnormals too
-    return bit_cast<Vec>(bit_cast<Words>(scaled) | special | sign);
+    const Words w = __builtin_convertvector(v, Words);
+    const Words sign = (w & 0x8000) << 16, rest = (w & 0x7fff) << 13;
+    const Words special = Words((w & 0x7c00) == 0x7c00) & 0x7f800000;  // inf, NaN
+    const Reg scaled = bit_cast<Reg>(rest) * 0x1p112f;                 // subnormals too
+    return bit_cast<Reg>(bit_cast<Words>(scaled) | special | sign);
 #endif
 }
 
-FLUXKERN_INLINE Vec narrow(Vec v, float) {
-    return v;
-}
-
-// To nearest, ties to even; a NaN stays one.
-FLUXKERN_INLINE Halves narrow(Vec v, bf16) {
-    const Words w = bit_cast<Words>(v);
-    const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16, quiet = (w >> 16) | 0x40;
-    return low_halves(bit_cast<Words>(select(v != v, bit_cast<Vec>(quiet), bit_cast<Vec>(rounded))));
-}
-
-FLUXKERN_INLINE Halves narrow(Vec v, f16) {
+FLUXKERN_INLINE Halves narrow(Reg v, f16) {
 #if defined(__AVX512F__)
-    return bit_cast<Halves>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT;
+    return bit_cast<Halves>(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(v), nearest));
 #elif defined(__AVX2__)
     return bit_cast<Halves>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
     const Words w = bit_cast<Words>(v), sign = (w >> 16) & 0x8000, rest = w & 0x7fffffff;
-    const Words small = bit_cast<Words>(bit_cast<Vec>(rest) + 0.5f) - 0x3f000000;  // 2^-24 a step
+    const Words small = bit_cast<Words>(bit_cast<Reg>(rest) + 0.5f) - 0x3f000000;  // 2^-24 a step
     const Words normal = (rest + 0xfff + ((rest >> 13) & 1) - 0x38000000) >> 13;
-    const Words large = Words(rest > 0x7f800000) & 0x7e00, inf = ~Words(rest > 0x7f800000) & 0x7c00;
+    const Words nan = Words(rest > 0x7f800000), large = (nan & 0x7e00) | (~nan & 0x7c00);
     const Words is_small = Words(rest < 0x38800000), is_large = Words(rest >= 0x47800000);
-    const Words found = (is_small & small) | (is_large & (large | inf)) |
-                        (~is_small & ~is_large & normal);
-    return low_halves(found | sign);
+    const Words found = (is_small & small) | (is_large & large) | (~is_small & ~is_large & normal);
+    return __builtin_convertvector(found | sign, Halves);
 #endif
 }
 
-template <class T>
-using Stored = decltype(narrow(Vec{}, T{}));
-
-// How much of a vector there is: all of it, or the first n.
-struct Whole {};
-struct Part {
-    int n;
-};
-
-template <class T>
-FLUXKERN_INLINE Vec load(const T* p, Whole) {
-    Stored<T> stored;
-    __builtin_memcpy(&stored, p, sizeof(stored));
-    return widen(stored, T{});
+FLUXKERN_INLINE Vec widen(TwoHalves v, f16) {
+    return {widen(v.a, f16{}), widen(v.b, f16{})};
 }
 
-template <class T>
-FLUXKERN_INLINE Vec load(const T* p, Part part) {  // zeros behind the end
-    T elements[WIDTH] = {};
-    for (int i = 0; i < part.n; ++i) elements[i] = p[i];
-    return load(elements, Whole{});
+// To nearest, ties to even; a NaN that arithmetic gave is quiet and stays one when it is cut off.
+FLUXKERN_INLINE Words rounded_to_bf16(Reg v) {
+    const Words w = bit_cast<Words>(v);
+    return v == v ? w + 0x7fff + ((w >> 16) & 1) : w;
 }
 
-template <class T>
-FLUXKERN_INLINE void store(T* p, Vec v, Whole) {
-    const Stored<T> stored = narrow(v, T{});
-    __builtin_memcpy(p, &stored, sizeof(stored));
-}
-
-template <class T>
-FLUXKERN_INLINE void store(T* p, Vec v, Part part) {
-    T elements[WIDTH];
-    store(elements, v, Whole{});
-    for (int i = 0; i < part.n; ++i) p[i] = elements[i];
-}
-
-FLUXKERN_INLINE Vec keep(Vec v, Whole) {
+// v as load would give it after a store; v itself in fp16, which packing rounds
+FLUXKERN_INLINE Vec rounded(Vec v, float) {
     return v;
 }
-
-FLUXKERN_INLINE Vec keep(Vec v, Part part) {  // zeros behind the end
-    float elements[WIDTH];
-    __builtin_memcpy(elements, &v, sizeof(v));
-    return load(elements, part);
+FLUXKERN_INLINE Vec rounded(Vec v, bf16) {
+    return {bit_cast<Reg>(rounded_to_bf16(v.a) & 0xffff0000),
+            bit_cast<Reg>(rounded_to_bf16(v.b) & 0xffff0000)};
+}
+FLUXKERN_INLINE Vec rounded(Vec v, f16) {
+    return {widen(narrow(v.a, f16{}), f16{}), widen(narrow(v.b, f16{}), f16{})};
 }
 
-// What load would give for v after it has been stored as a T.
-template <class T>
-FLUXKERN_INLINE Vec rounded(Vec v) {
-    return widen(narrow(v, T{}), T{});
-}
-
-// stores that leave nothing in the caches
-
-FLUXKERN_INLINE void stream(void* p, const void* v, size_t bytes) {
+FLUXKERN_INLINE Words high_halves(Words a, Words b) {
 #if defined(__AVX512F__)
-    if (bytes == 64) return _mm512_stream_ps(static_cast<float*>(p), *static_cast<const __m512*>(v));
+    const __m512i even = bit_cast<__m512i>(a >> 16), odd = bit_cast<__m512i>(b);
+    return bit_cast<Words>(_mm512_mask_mov_epi16(even, 0xaaaaaaaa, odd));
+#elif defined(__AVX2__)
+    const __m256i even = bit_cast<__m256i>(a >> 16), odd = bit_cast<__m256i>(b);
+    return bit_cast<Words>(_mm256_blend_epi16(even, odd, 0xaa));
+#else
+    return (a >> 16) | (b & 0xffff0000);
 #endif
-#if defined(__AVX2__)
-    if (bytes == 32) return _mm256_stream_ps(static_cast<float*>(p), *static_cast<const __m256*>(v));
+}
+
+// values that are rounded already
+FLUXKERN_INLINE Vec packed(Vec v, float) {
+    return v;
+}
+FLUXKERN_INLINE Words packed(Vec v, bf16) {
+    return high_halves(bit_cast<Words>(v.a), bit_cast<Words>(v.b));
+}
+FLUXKERN_INLINE TwoHalves packed(Vec v, f16) {
+    return {narrow(v.a, f16{}), narrow(v.b, f16{})};
+}
+
+template <class T>
+FLUXKERN_INLINE Stored<T> narrow(Vec v, T) {
+    return packed(v, T{});
+}
+FLUXKERN_INLINE Words narrow(Vec v, bf16) {
+    return high_halves(rounded_to_bf16(v.a), rounded_to_bf16(v.b));
+}
+
+// memory
+
+template <class Register>
+FLUXKERN_INLINE void get(const void* p, Register& v) {
+    __builtin_memcpy(&v, p, sizeof(v));
+}
+FLUXKERN_INLINE void get(const void* p, Vec& v) {
+    get(p, v.a), get(static_cast<const char*>(p) + sizeof(v.a), v.b);
+}
+FLUXKERN_INLINE void get(const void* p, TwoHalves& v) {
+    get(p, v.a), get(static_cast<const char*>(p) + sizeof(v.a), v.b);
+}
+
+template <class Register>
+FLUXKERN_INLINE void put(void* p, Register v) {
+    __builtin_memcpy(p, &v, sizeof(v));
+}
+FLUXKERN_INLINE void put(void* p, Vec v) {
+    put(p, v.a), put(static_cast<char*>(p) + sizeof(v.a), v.b);
+}
+FLUXKERN_INLINE void put(void* p, TwoHalves v) {
+    put(p, v.a), put(static_cast<char*>(p) + sizeof(v.a), v.b);
+}
+
+// Past the caches; p lies at a multiple of the size.
+FLUXKERN_INLINE void stream(void* p, Words v) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(static_cast<__m512i*>(p), bit_cast<__m512i>(v));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(static_cast<__m256i*>(p), bit_cast<__m256i>(v));
+#elif defined(__x86_64__)
+    _mm_stream_si128(static_cast<__m128i*>(p), bit_cast<__m128i>(v));
+#else
+    put(p, v);
 #endif
-#if defined(__x86_64__)
-    if (bytes == 16) return _mm_stream_ps(static_cast<float*>(p), *static_cast<const __m128*>(v));
+}
+FLUXKERN_INLINE void stream(void* p, Vec v) {
+    stream(p, bit_cast<Words>(v.a));
+    stream(static_cast<char*>(p) + sizeof(v.a), bit_cast<Words>(v.b));
+}
+FLUXKERN_INLINE void stream(void* p, TwoHalves v) {
+#ifdef __AVX512F__
+    const __m512i low = _mm512_castsi256_si512(bit_cast<__m256i>(v.a));
+    stream(p, bit_cast<Words>(_mm512_inserti64x4(low, bit_cast<__m256i>(v.b), 1)));
+#else
+    stream(p, bit_cast<Words>(v));
 #endif
-    __builtin_memcpy(p, v, bytes);
 }
 
 FLUXKERN_INLINE void end_of_streaming() {
@@ -204,54 +275,104 @@ FLUXKERN_INLINE void end_of_streaming() {
 #endif
 }
 
+// How much of a vector there is: all of it, or the first n elements, which are one in `ones`.
+struct Whole {};
+struct Part {
+    int n;
+    Vec ones;
+};
+
+template <class T>
+FLUXKERN_INLINE Vec load(const T* p, Whole = {}) {
+    Stored<T> stored;
+    get(p, stored);
+    return widen(stored, T{});
+}
+
+template <class T>
+FLUXKERN_INLINE Vec load(const T* p, const Part& part) {  // zeros behind the end
+    T elements[WIDTH] = {};
+    for (int i = 0; i < part.n; ++i) elements[i] = p[i];
+    return load(elements);
+}
+
+template <class T>
+FLUXKERN_INLINE Part first(int n) {
+    T ones[WIDTH];
+    put(ones, packed(all(1), T{}));
+    return {n, load(ones, Part{n, {}})};
+}
+
+FLUXKERN_INLINE void store(float* p, Vec v) {
+    put(p, v);
+}
+
+FLUXKERN_INLINE Vec keep(Vec v, Whole) {
+    return v;
+}
+FLUXKERN_INLINE Vec keep(Vec v, const Part& part) {  // zeros behind the end
+    return v * part.ones;
+}
+
 // A row of an output; streaming: past the caches, which wants whole vectors at their alignment.
 template <class T>
 struct Out {
     T* row;
     bool streaming;
 
-    FLUXKERN_INLINE void store(int64_t i, Vec v, Part part) const {
-        FLUXKERN_ISA::store(row + i, v, part);
+    template <class Extent>
+    FLUXKERN_INLINE void store(int64_t i, Vec v, const Extent& extent) const {
+        write(i, narrow(v, T{}), extent);
     }
-    FLUXKERN_INLINE void store(int64_t i, Vec v, Whole whole) const {
-        if (!streaming) return FLUXKERN_ISA::store(row + i, v, whole);
-        const Stored<T> stored = narrow(v, T{});
-        stream(row + i, &stored, sizeof(stored));
+    template <class Extent>
+    FLUXKERN_INLINE void store_rounded(int64_t i, Vec v, const Extent& extent) const {
+        write(i, packed(v, T{}), extent);
+    }
+    FLUXKERN_INLINE void write(int64_t i, Stored<T> stored, Whole) const {
+        if (streaming) return stream(row + i, stored);
+        put(row + i, stored);
+    }
+    FLUXKERN_INLINE void write(int64_t i, Stored<T> stored, const Part& part) const {
+        T elements[WIDTH];
+        put(elements, stored);
+        for (int j = 0; j < part.n; ++j) row[i + j] = elements[j];
     }
 };
 
+template <class T>
+FLUXKERN_INLINE void prefetch(const T* p) {  // one Vec, to the second level
+    constexpr int LINE = 64 / sizeof(T);
+    for (int i = 0; i < WIDTH; i += LINE) __builtin_prefetch(p + i, 0, 2);
+}
+
 // loops over a row
 
-constexpr int LANES = 4;  // sums that do not wait for each other
+constexpr int LANES = 2;  // sums that do not wait for each other
 
-// body(i, lane, Whole or Part) over the columns of a row
-template <class Body>
+// body(i, lane, Whole or Part) over the columns of a row of T
+template <class T, class Body>
 FLUXKERN_INLINE void each_vec(int64_t C, const Body& body) {
     int64_t i = 0;
-    for (; i + LANES * WIDTH <= C; i += LANES * WIDTH) {
+    for (; i + 2 * WIDTH <= C; i += 2 * WIDTH) {
         body(i, 0, Whole{});
         body(i + WIDTH, 1, Whole{});
-        body(i + 2 * WIDTH, 2, Whole{});
-        body(i + 3 * WIDTH, 3, Whole{});
     }
-    for (; i + WIDTH <= C; i += WIDTH) body(i, 0, Whole{});
-    if (i < C) body(i, 0, Part{int(C - i)});
+    if (i + WIDTH <= C) {
+        body(i, 0, Whole{});
+        i += WIDTH;
+    }
+    if (i < C) body(i, 1, first<T>(int(C - i)));
 }
 
 struct Sum {
     Vec lanes[LANES] = {};
 
     FLUXKERN_INLINE void add(int lane, Vec v) {
-        lanes[lane] += v;
+        lanes[lane] = lanes[lane] + v;
     }
     FLUXKERN_INLINE float total() const {
-        const Vec sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-        float parts[WIDTH];
-        __builtin_memcpy(parts, &sum, sizeof(sum));
-        for (int n = WIDTH / 2; n > 0; n /= 2) {
-            for (int i = 0; i < n; ++i) parts[i] += parts[i + n];
-        }
-        return parts[0];
+        const Vec sum = lanes[0] + lanes[1];
+        return FLUXKERN_ISA::total(sum.a + sum.b);
     }
 };
 
