@@ -62,6 +62,20 @@ def row(name: str, vec: Tensor, x: Tensor) -> None:
     last_axis_contiguous(name, vec)
 
 
+def rows(x: Tensor, **vectors: Tensor) -> None:
+    """`row` of each; one comparison where nothing is wrong."""
+    batch, _, hidden = x.shape
+    good, dtype, device = ((batch, 1, hidden), (batch, hidden)), x.dtype, x.device
+    for name, vec in vectors.items():
+        if (
+            vec.shape not in good
+            or vec.dtype != dtype
+            or vec.device != device
+            or vec.stride(-1) != 1
+        ):
+            row(name, vec, x)
+
+
 def txt_len(value: int, tokens_: int) -> None:
     if not 0 <= value <= tokens_:
         raise ValueError(f"txt_len must be between 0 and the tokens of x, {tokens_}, got {value}")

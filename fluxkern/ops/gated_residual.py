@@ -84,7 +84,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = 
     """
     _checks.tokens("x", x)
     _checks.same_tokens("y", y, "x", x)
-    _checks.row("gate", gate, x)
+    _checks.rows(x, gate=gate)
     if _dispatch.needs_gradient(x, y, gate):
         return _GatedResidual.apply(x, y, gate, backend)
     return _forward(x, y, gate, backend)
@@ -120,8 +120,7 @@ def joint_gated_residual(
     """
     _checks.tokens("x", x)
     _checks.same_tokens("y", y, "x", x)
-    _checks.row("txt_gate", txt_gate, x)
-    _checks.row("img_gate", img_gate, x)
+    _checks.rows(x, txt_gate=txt_gate, img_gate=img_gate)
     _checks.txt_len(txt_len, x.shape[1])
     if _dispatch.needs_gradient(x, y, txt_gate, img_gate):
         return _JointGatedResidual.apply(x, y, txt_gate, img_gate, txt_len, backend)

@@ -120,8 +120,7 @@ def gated_residual_norm_modulate(
     """
     _checks.tokens("x", x)
     _checks.same_tokens("y", y, "x", x)
-    for name, vec in (("gate", gate), ("scale", scale), ("shift", shift)):
-        _checks.row(name, vec, x)
+    _checks.rows(x, gate=gate, scale=scale, shift=shift)
     args = (x, y, gate, scale, shift)
     if _dispatch.needs_gradient(*args):
         return _GatedResidualNormModulate.apply(*args, eps, backend)
@@ -165,15 +164,15 @@ def joint_gated_residual_norm_modulate(
     """
     _checks.tokens("x", x)
     _checks.same_tokens("y", y, "x", x)
-    for name, vec in (
-        ("txt_gate", txt_gate),
-        ("txt_scale", txt_scale),
-        ("txt_shift", txt_shift),
-        ("img_gate", img_gate),
-        ("img_scale", img_scale),
-        ("img_shift", img_shift),
-    ):
-        _checks.row(name, vec, x)
+    _checks.rows(
+        x,
+        txt_gate=txt_gate,
+        txt_scale=txt_scale,
+        txt_shift=txt_shift,
+        img_gate=img_gate,
+        img_scale=img_scale,
+        img_shift=img_shift,
+    )
     _checks.txt_len(txt_len, x.shape[1])
     args = (x, y, txt_gate, txt_scale, txt_shift, img_gate, img_scale, img_shift)
     if _dispatch.needs_gradient(*args):

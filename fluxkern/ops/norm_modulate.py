@@ -91,8 +91,7 @@ def norm_modulate(
         black-forest-labs/flux, modules/layers.py, DoubleStreamBlock.forward.
     """
     _checks.tokens("x", x)
-    _checks.row("scale", scale, x)
-    _checks.row("shift", shift, x)
+    _checks.rows(x, scale=scale, shift=shift)
     if _dispatch.needs_gradient(x, scale, shift):
         return _NormModulate.apply(x, scale, shift, eps, backend)
     return _forward(x, scale, shift, eps, backend)
@@ -130,13 +129,9 @@ def joint_norm_modulate(
     Source: as `norm_modulate`.
     """
     _checks.tokens("x", x)
-    for name, vec in (
-        ("txt_scale", txt_scale),
-        ("txt_shift", txt_shift),
-        ("img_scale", img_scale),
-        ("img_shift", img_shift),
-    ):
-        _checks.row(name, vec, x)
+    _checks.rows(
+        x, txt_scale=txt_scale, txt_shift=txt_shift, img_scale=img_scale, img_shift=img_shift
+    )
     _checks.txt_len(txt_len, x.shape[1])
     args = (x, txt_scale, txt_shift, img_scale, img_shift)
     if _dispatch.needs_gradient(*args):
