@@ -214,6 +214,8 @@ def test_batch_of_one_expanded_is_taken(op: str, backend: str):
     """Stride 0 over the batch: one set of inputs for three pictures."""
     if op == "qk_norm_rope_":
         pytest.skip("overlapping views cannot be written")
+    if op == "group_norm_silu":
+        pytest.skip("takes contiguous or channels-last images")
     args = make(op, backend, replace(Sizes(), batch=1))
     wide = {
         name: v.expand(3, *v.shape[1:]) if name in leaves(args) and v.shape[0] == 1 else v
