@@ -56,26 +56,45 @@ void run(const Tensor& x, Launch launch) {
 }  // namespace
 }  // namespace fluxkern::bindings
 
-#include "bindings.h"
+#include "bindings_gelu_tanh.h"
+#include "bindings_heads.h"
+
+namespace fluxkern::bindings {
+namespace {
+
+void define_all(torch::stable::detail::StableLibrary& library) {
+    define_ops(library);
+    define_ops(library, HEAD_OPS);
+    define_ops(library, GELU_OPS);
+}
+
+void implement_all(torch::stable::detail::StableLibrary& library) {
+    implement_ops(library);
+    implement_ops(library, HEAD_OPS);
+    implement_ops(library, GELU_OPS);
+}
+
+}  // namespace
+}  // namespace fluxkern::bindings
 
 #ifdef FLUXKERN_HOST
 
 STABLE_TORCH_LIBRARY(fluxkern_cuda_host, library) {
-    fluxkern::bindings::define_ops(library);
+    fluxkern::bindings::define_all(library);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fluxkern_cuda_host, CPU, library) {
-    fluxkern::bindings::implement_ops(library);
+    fluxkern::bindings::implement_all(library);
 }
 
 #else
 
 STABLE_TORCH_LIBRARY(fluxkern_cuda, library) {
-    fluxkern::bindings::define_ops(library);
+    fluxkern::bindings::define_all(library);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fluxkern_cuda, CUDA, library) {
-    fluxkern::bindings::implement_ops(library);
+    fluxkern::bindings::implement_all(library);
 }
 
 #endif

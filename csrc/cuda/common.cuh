@@ -240,6 +240,14 @@ inline bool at_16_bytes(const Tokens& x, DType dtype) {
     return at_16_bytes(x.data, {x.stride_b, x.stride_l}, dtype);
 }
 
+inline bool at_16_bytes(const Heads& x, DType dtype) {
+    return at_16_bytes(x.data, {x.stride_b, x.stride_l, x.stride_h}, dtype);
+}
+
+inline bool at_16_bytes(const void* x, DType dtype) {
+    return at_16_bytes(x, {}, dtype);
+}
+
 template <class... Views>
 bool aligned(DType dtype, const Views&... views) {
     return (at_16_bytes(views, dtype) && ...);

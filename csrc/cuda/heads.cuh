@@ -6,6 +6,8 @@
 
 namespace fluxkern::cuda {
 
+constexpr int WARPS = 4;  // a block
+
 template <class T>
 __device__ T* head_of(const Heads& x, int64_t b, int64_t l, int64_t h) {
     return static_cast<T*>(x.data) + b * x.stride_b + l * x.stride_l + h * x.stride_h;
@@ -17,45 +19,49 @@ __device__ inline float lanes_sum(float v, int lanes) {
     return v;
 }
 
-__device__ inline float sum_of_products(const Vec& a, const Vec& b) {
+__device__ inline float dot(const Vec& a, const Vec& b) {
     float sum = 0;
     for (int i = 0; i < WIDTH; ++i) sum += a[i] * b[i];
     return sum;
 }
 
-// What a lane keeps of a token's angles: those of its pairs.
-struct Angles {
+// A rotation of a pair by +angle, or back by -angle.
+__device__ inline float2 rotated(float2 x, float cos, float sin) {
+    return make_float2(cos * x.x - sin * x.y, sin * x.x + cos * x.y);
+}
+
+struct Rotation {  // of the four pairs of a lane
     float cos[WIDTH / 2], sin[WIDTH / 2];
 
-    __device__ Vec rotated(const Vec& x, float sign) const {
+    __device__ Vec applied(const Vec& x, float sign) const {
         Vec out;
         for (int i = 0; i < WIDTH / 2; ++i) {
-            const float s = sign * sin[i];
-            out[2 * i] = cos[i] * x[2 * i] - s * x[2 * i + 1];
-            out[2 * i + 1] = s * x[2 * i] + cos[i] * x[2 * i + 1];
+            const float2 pair = make_float2(x[2 * i], x[2 * i + 1]);
+            const float2 turned = rotated(pair, cos[i], sign * sin[i]);
+            out[2 * i] = turned.x;
+            out[2 * i + 1] = turned.y;
         }
         return out;
     }
 };
 
-__device__ inline float angle_at(const Angle& table, int64_t l, int pair) {
+__device__ inline float angle_of(const Angles& table, int64_t l, int pair) {
     return table.data[l * table.stride_l + pair * table.stride_d];
 }
 
-__device__ inline Angles angles_of(const Angle& cos, const Angle& sin, int64_t l, int first_pair) {
-    Angles out;
+__device__ inline Rotation rotation_of(const Angles& cos, const Angles& sin, int64_t l, int pair) {
+    Rotation out;
     for (int i = 0; i < WIDTH / 2; ++i) {
-        out.cos[i] = angle_at(cos, l, first_pair + i);
-        out.sin[i] = angle_at(sin, l, first_pair + i);
+        out.cos[i] = angle_of(cos, l, pair + i);
+        out.sin[i] = angle_of(sin, l, pair + i);
     }
     return out;
 }
 
-// How many lanes hold a head of the vector path; 0 where there is none.
-inline int lanes_of(int64_t D, bool vectors) {
+// Whether a power of two of lanes of one warp hold a head, 8 elements each.
+inline bool lanes_hold(int64_t D) {
     const int64_t lanes = D / WIDTH;
-    const bool power = lanes > 0 && (lanes & (lanes - 1)) == 0;
-    return vectors && D % WIDTH == 0 && power && lanes <= WARP ? int(lanes) : 0;
+    return D % WIDTH == 0 && lanes >= 1 && lanes <= WARP && (lanes & (lanes - 1)) == 0;
 }
 
 }  // namespace fluxkern::cuda

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "../heads.h"
 #include "../views.h"
 
 namespace fluxkern::cuda {
@@ -57,5 +58,29 @@ cudaError_t gated_residual_norm_modulate_backward(DType dtype, Tokens dx_new, To
                                                   Rows img_dscale, Rows img_dshift, Sizes sizes,
                                                   float eps, float* scratch,
                                                   const Context& context);
+
+// Text and image of q and k, and v copied beside them unless it has no data. q, k may be the inputs
+// themselves. Weights: [D] of the dtype.
+cudaError_t qk_norm_rope(DType dtype, Heads txt_q, Heads txt_k, Heads txt_v, Heads img_q,
+                         Heads img_k, Heads img_v, const void* txt_q_weight,
+                         const void* txt_k_weight, const void* img_q_weight,
+                         const void* img_k_weight, Angles cos, Angles sin, Heads q, Heads k,
+                         Heads v, HeadSizes sizes, float eps, const Context& context);
+
+int64_t qk_norm_rope_backward_scratch(HeadSizes sizes, const Context& context);
+
+cudaError_t qk_norm_rope_backward(DType dtype, Heads dq_out, Heads dk_out, Heads txt_q, Heads txt_k,
+                                  Heads img_q, Heads img_k, const void* txt_q_weight,
+                                  const void* txt_k_weight, const void* img_q_weight,
+                                  const void* img_k_weight, Angles cos, Angles sin, Heads txt_dq,
+                                  Heads txt_dk, Heads img_dq, Heads img_dk, void* txt_dq_weight,
+                                  void* txt_dk_weight, void* img_dq_weight, void* img_dk_weight,
+                                  HeadSizes sizes, float eps, float* scratch,
+                                  const Context& context);
+
+cudaError_t gelu_tanh(DType dtype, Tokens x, Tokens out, Sizes sizes, const Context& context);
+
+cudaError_t gelu_tanh_backward(DType dtype, Tokens dy, Tokens x, Tokens dx, Sizes sizes,
+                               const Context& context);
 
 }  // namespace fluxkern::cuda

@@ -30,13 +30,17 @@ struct Strip {
     bool txt;
 };
 
-__device__ inline Strip strip_of_block(const Strips& strips, const Sizes& sizes) {
+__device__ inline Strip strip_of(unsigned i, const Strips& strips, const Sizes& sizes) {
     const unsigned each = unsigned(strips.txt + strips.img);
-    const int64_t b = blockIdx.x / each;
-    const int s = blockIdx.x % each, length = int(sizes.L), txt_len = int(sizes.txt_len);
+    const int64_t b = i / each;
+    const int s = i % each, length = int(sizes.L), txt_len = int(sizes.txt_len);
     const bool txt = s < strips.txt;
     const int first = txt ? s * strips.rows : txt_len + (s - strips.txt) * strips.rows;
     return {b, first, min(first + strips.rows, txt ? txt_len : length), txt};
+}
+
+__device__ inline Strip strip_of_block(const Strips& strips, const Sizes& sizes) {
+    return strip_of(blockIdx.x, strips, sizes);
 }
 
 // Inside a loop: the compiler may not keep what follows from b in registers of its own.
