@@ -29,9 +29,20 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from . import ops, reference
+from . import ops
 from .cases import CASES, SHAPES, TEST_SIZES, Case, Maker, Sizes
-from .testing import assert_accurate, errors, outputs, widened
+from .testing import (
+    assert_accurate,
+    copied,
+    errors,
+    gradients,
+    in_schema_order,
+    leaves,
+    meaning,
+    outputs,
+    torch_op,
+    widened,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = ("forward", "backward", "forward + backward")
@@ -40,7 +51,6 @@ ROUNDS, MIN_ROUNDS = 15, 7
 PATIENCE = 5.0  # seconds of a comparison, after which MIN_ROUNDS are enough
 WARM_UP = 3
 SLACK = 8  # a baseline must be right; ours must be accurate
-FIXED = ("cos", "sin")  # tensors without a gradient
 ROOT = Path(__file__).parents[1]
 
 Calls = dict[Any, Callable[[], object]]  # provider -> what is timed
@@ -277,27 +287,6 @@ def matrix_rate(device: str, dtype: torch.dtype, side: int | None = None) -> flo
 # providers
 
 
-def meaning(op: str) -> Callable:
-    """The plain composition, with the signature of the public function."""
-    if op != "modulation":
-        return getattr(reference, op)
-    return lambda chunks, **args: reference.modulation(**args).chunk(chunks, -1)
-
-
-def leaves(args: dict[str, Any]) -> dict[str, Tensor]:
-    return {n: v for n, v in args.items() if isinstance(v, Tensor) and n not in FIXED}
-
-
-def torch_op(op: str) -> Any:
-    return getattr(torch.ops.fluxkern, op).default
-
-
-def in_schema_order(op: str, args: dict[str, Any], backend: str) -> tuple:
-    """The arguments as the torch op takes them."""
-    values = dict(args) | {"eps": 1e-6, "backend": backend}
-    return tuple(values[a.name] for a in torch_op(op)._schema.arguments)
-
-
 def reasons(op: str, args: dict[str, Any]) -> dict[str, str | None]:
     """Each backend of the Case: None, or why it cannot run these arguments here."""
     (choice,) = ops.explain(op, *in_schema_order(op, args, "")[:-1])
@@ -365,17 +354,6 @@ def kernels_alone(op: str, args: dict[str, Any], backends: Calls) -> Calls:
             if not all(torch.equal(o, e) for o, e in zip(out, expected, strict=True)):
                 raise WrongResult(f"{op} by the {name} kernel alone: not what the op gives")
     return found
-
-
-def gradients(run: Callable, args: dict[str, Any], dout: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    args = args | {n: v.detach().requires_grad_() for n, v in leaves(args).items()}
-    out = outputs(run, args)
-    dout = tuple(d.to(o.dtype) for d, o in zip(dout, out, strict=True))
-    return torch.autograd.grad(out, list(leaves(args).values()), dout)
-
-
-def copied(args: dict[str, Any]) -> dict[str, Any]:
-    return {n: v.clone() if isinstance(v, Tensor) else v for n, v in args.items()}
 
 
 @dataclass(frozen=True)

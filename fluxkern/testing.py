@@ -11,6 +11,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
+
+FIXED = ("cos", "sin")  # tensors without a gradient
+
+
+def meaning(op: str) -> Callable:
+    """The plain composition, with the signature of the public function."""
+    if op != "modulation":
+        return getattr(reference, op)
+    return lambda chunks, **args: reference.modulation(**args).chunk(chunks, -1)
+
+
+def torch_op(op: str) -> Any:
+    return getattr(torch.ops.fluxkern, op).default
+
+
+def in_schema_order(op: str, args: dict[str, Any], backend: str) -> tuple:
+    """The arguments as the torch op takes them."""
+    values = dict(args) | {"eps": 1e-6, "backend": backend}
+    return tuple(values[a.name] for a in torch_op(op)._schema.arguments)
+
+
+def leaves(args: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that have a gradient."""
+    return {n: v for n, v in args.items() if isinstance(v, Tensor) and n not in FIXED}
+
+
+def copied(args: dict[str, Any]) -> dict[str, Any]:
+    """Fresh values with the same strides and offsets: an op in place leaves `args` alone."""
+
+    def copy(value: Tensor) -> Tensor:
+        storage = value.untyped_storage().clone()
+        return value.new_empty(0).set_(storage, value.storage_offset(), value.shape, value.stride())
+
+    return {name: copy(v) if isinstance(v, Tensor) else v for name, v in args.items()}
+
 
 def widened(args: dict[str, Any]) -> dict[str, Any]:
     """The same arguments in fp64, strides kept."""
@@ -26,6 +62,14 @@ def outputs(function: Callable, args: dict[str, Any], **more: Any) -> tuple[Tens
     if out is None:
         return args["q"], args["k"]
     return out if isinstance(out, tuple) else (out,)
+
+
+def gradients(run: Callable, args: dict[str, Any], dout: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of every tensor of `args` that has one, by autograd through `run`."""
+    args = args | {n: v.detach().requires_grad_() for n, v in leaves(args).items()}
+    out = outputs(run, args)
+    dout = tuple(d.to(o.dtype) for d, o in zip(dout, out, strict=True))
+    return torch.autograd.grad(out, list(leaves(args).values()), dout)
 
 
 FP32_UNITS = 4  # of fp32 rounding, for another order of a sum; inputs of a test are of order one

@@ -15,10 +15,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxkern import ops, reference
+from fluxkern import ops
 from fluxkern.cases import CASES, TEST_SIZES, Maker, Sizes
 from fluxkern.ops import _dispatch
-from fluxkern.testing import assert_accurate, outputs, widened
+from fluxkern.testing import (
+    assert_accurate,
+    copied,
+    gradients,
+    in_schema_order,
+    leaves,
+    meaning,
+    outputs,
+    torch_op,
+    widened,
+)
 
 GPU = torch.cuda.is_available()
 if not GPU and find_spec("triton"):
@@ -33,7 +43,6 @@ DEVICES = {
     "cuda-host": "cpu",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FIXED = ("cos", "sin")  # tensors without a gradient
 PAIRS = [
     (op, backend)
     for op, case in CASES.items()
@@ -63,39 +72,6 @@ def function(op: str, backend: str) -> Callable:
 
 def make(op: str, backend: str, sizes: Sizes, dtype: str = "fp32") -> dict[str, Any]:
     return CASES[op].inputs(Maker(sizes, DTYPES[dtype], DEVICES[backend]))
-
-
-def meaning(op: str) -> Callable:
-    """The reference through autograd's own formulas: the truth of forward and backward."""
-
-    def run(**args: Any) -> Any:
-        if op != "modulation":
-            return getattr(reference, op)(**args)
-        chunks = args.pop("chunks")
-        return reference.modulation(**args).chunk(chunks, -1)
-
-    return run
-
-
-def copied(args: dict[str, Any]) -> dict[str, Any]:
-    """Fresh values with the same strides and offsets, so that an op in place leaves args alone."""
-
-    def copy(value: Tensor) -> Tensor:
-        storage = value.untyped_storage().clone()
-        return value.new_empty(0).set_(storage, value.storage_offset(), value.shape, value.stride())
-
-    return {name: copy(v) if isinstance(v, Tensor) else v for name, v in args.items()}
-
-
-def leaves(args: dict[str, Any]) -> dict[str, Tensor]:
-    return {n: v for n, v in args.items() if isinstance(v, Tensor) and n not in FIXED}
-
-
-def gradients(run: Callable, args: dict[str, Any], dout: tuple[Tensor, ...]) -> list[Tensor]:
-    args = copied(args)
-    wanted = [value.requires_grad_() for value in leaves(args).values()]
-    out = outputs(run, args)
-    return torch.autograd.grad(out, wanted, [d.to(o.dtype) for d, o in zip(dout, out, strict=True)])
 
 
 def assert_forward(op: str, backend: str, args: dict[str, Any]) -> None:
@@ -276,20 +252,11 @@ def test_only_the_asked_for_gradients_are_given_and_none_is_lost(op: str, backen
 # torch's own contract
 
 
-def torch_op(op: str) -> Any:
-    return getattr(torch.ops.fluxkern, op).default
-
-
-def schema_args(op: str, args: dict[str, Any], backend: str) -> tuple:
-    values = dict(args) | {"eps": 1e-6, "backend": backend}
-    return tuple(values[a.name] for a in torch_op(op)._schema.arguments)
-
-
 @every_pair
 def test_opcheck_is_clean(op: str, backend: str):
     function(op, backend)
     args = make(op, backend, Sizes())
-    torch.library.opcheck(torch_op(op), schema_args(op, args, backend))
+    torch.library.opcheck(torch_op(op), in_schema_order(op, args, backend))
 
 
 @every_differentiable

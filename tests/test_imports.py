@@ -19,7 +19,7 @@ LAYERS = {  # a layer and what it may import of fluxkern, besides itself
     "kernels": set(),
     "ops": {"reference"},
     "cases": set(),
-    "testing": set(),
+    "testing": {"reference"},
     "bench": {"cases", "ops", "reference", "testing"},
     "model": {"_files", "ops"},
     "checkpoint": {"_files", "model"},
