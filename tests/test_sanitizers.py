@@ -155,5 +155,5 @@ def test_a_cpu_kernel_that_reads_past_its_row_is_caught(tmp_path: Path):
     folder = instrumented(source, tmp_path / "package", "address,undefined")
     preload = preloaded(folder, "address,undefined")
     done = contract(folder, preload, ["gated_residual"], "forward_is_accurate")
-    assert "ERROR: AddressSanitizer: heap-buffer-overflow" in done.stdout, done.stdout[-10000:]
+    assert "ERROR: AddressSanitizer" in done.stdout, done.stdout[-10000:]
     assert "csrc/cpu/gated_residual.cpp" in done.stdout
