@@ -79,14 +79,12 @@ void gated_residual_norm_modulate_backward(DType dtype, Tokens dx_new, Tokens dh
             const Out<T> dx_row = out_of<T>(dx, at, streaming), dy_row = out_of<T>(dy, at, streaming);
             float *dscale = dgate + padded(sizes.C), *dshift = dscale + padded(sizes.C);
             NormGradient gradients[R];
-            for (int r = 0; r < R; ++r) {
-                const auto ahead = [&](int64_t i) {
-                    prefetch(dx_new_row + r * dx_new.stride_l + i);
-                    prefetch(y_row + r * y.stride_l + i);
-                };
-                gradients[r] = gradient_of(x_row + r * x_new.stride_l, dh_row + r * dh.stride_l,
-                                           scale, sizes.C, eps, ahead);
-            }
+            const auto ahead = [&](int r, int64_t i) {
+                prefetch(dx_new_row + r * dx_new.stride_l + i);
+                prefetch(y_row + r * y.stride_l + i);
+            };
+            gradients_of(gradients, x_row, x_new.stride_l, dh_row, dh.stride_l, scale, sizes.C, eps,
+                         ahead);
             each_vec<T>(sizes.C, [&](int64_t i, int, auto part) {
                 const Vec m = load(scale + i, part), gates = load(gate + i, part);
                 Vec gate_sum = load(dgate + i), scale_sum = load(dscale + i);

@@ -54,23 +54,33 @@ struct NormGradient {
     }
 };
 
-// ahead(i) fetches what is read after it
-template <class T, class Ahead>
-FLUXKERN_INLINE NormGradient gradient_of(const T* x, const T* dh, const T* scale, int64_t C,
-                                         float eps, const Ahead& ahead) {
-    const auto read = [&](int64_t i, const auto& part) { return load(x + i, part); };
-    const float mean = mean_of<T>(C, read);
-    Sum squares, dns, products;
-    each_vec<T>(C, [&](int64_t i, int lane, auto part) {
-        const Vec d = keep(read(i, part) - mean, part);
-        const Vec dn = scaled(load(dh + i, part), load(scale + i, part));
-        squares.add(lane, d * d);
-        dns.add(lane, dn);
-        products.add(lane, dn * d);
-        ahead(i);
+// Of R rows; ahead(r, i) fetches what is read after them.
+template <int R, class T, class Ahead>
+FLUXKERN_INLINE void gradients_of(NormGradient (&out)[R], const T* x, int64_t x_stride, const T* dh,
+                                  int64_t dh_stride, const T* scale, int64_t C, float eps,
+                                  const Ahead& ahead) {
+    float mean[R];
+    for (int r = 0; r < R; ++r) {
+        const T* row = x + r * x_stride;
+        mean[r] = mean_of<T>(C, [&](int64_t i, const auto& part) { return load(row + i, part); });
+    }
+    Sum squares[R], dns[R], products[R];
+    each_vec<T>(C, [&](int64_t i, int, auto part) {
+        const Vec m = load(scale + i, part);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const Vec d = keep(load(x + r * x_stride + i, part) - mean[r], part);
+            const Vec dn = scaled(load(dh + r * dh_stride + i, part), m);
+            squares[r].add(0, d * d);
+            dns[r].add(0, dn);
+            products[r].add(0, dn * d);
+            ahead(r, i);
+        }
     });
-    const float rstd = rstd_of(squares, C, eps);
-    return {{mean, rstd}, dns.total() / float(C), products.total() * rstd / float(C)};
+    for (int r = 0; r < R; ++r) {
+        const float rstd = rstd_of(squares[r], C, eps);
+        out[r] = {{mean[r], rstd}, dns[r].total() / float(C), products[r].total() * rstd / float(C)};
+    }
 }
 
 }  // namespace

@@ -52,10 +52,8 @@ void norm_modulate_backward(DType dtype, Tokens dh, Tokens x, Rows txt_scale, Ro
             const Out<T> out = out_of<T>(dx, at, streaming);
             float* dshift = dscale + padded(sizes.C);
             NormGradient gradients[R];
-            for (int r = 0; r < R; ++r) {
-                gradients[r] = gradient_of(x_row + r * x.stride_l, dh_row + r * dh.stride_l, scale,
-                                           sizes.C, eps, [](int64_t) {});
-            }
+            gradients_of(gradients, x_row, x.stride_l, dh_row, dh.stride_l, scale, sizes.C, eps,
+                         [](int, int64_t) {});
             each_vec<T>(sizes.C, [&](int64_t i, int, auto part) {
                 const Vec m = load(scale + i, part);
                 Vec scale_sum = load(dscale + i), shift_sum = load(dshift + i);

@@ -171,10 +171,10 @@ FLUXKERN_INLINE Vec widen(TwoHalves v, f16) {
     return {widen(v.a, f16{}), widen(v.b, f16{})};
 }
 
-// To nearest, ties to even; a NaN that arithmetic gave is quiet and stays one when it is cut off.
+// To nearest, ties to even. A NaN stays one: it is quiet, and its low half, from bf16, is zero.
 FLUXKERN_INLINE Words rounded_to_bf16(Reg v) {
     const Words w = bit_cast<Words>(v);
-    return v == v ? w + 0x7fff + ((w >> 16) & 1) : w;
+    return w + 0x7fff + ((w >> 16) & 1);
 }
 
 // v as load would give it after a store; v itself in fp16, which packing rounds
