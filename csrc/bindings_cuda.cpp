@@ -31,10 +31,15 @@ void run(const Tensor& x, Launch launch) {
 #else
 
 // In libtorch_cuda, which a torch for CPUs does not have: looked for when a kernel first runs.
+void* in_torch_cuda(const char* name) {
+    void* loaded = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);  // not in the global scope
+    return loaded == nullptr ? nullptr : dlsym(loaded, name);
+}
+
 cudaStream_t current_stream(int32_t device) {
     using Find = AOTITorchError (*)(int32_t device, void** stream);
     static const auto find =
-        reinterpret_cast<Find>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+        reinterpret_cast<Find>(in_torch_cuda("aoti_torch_get_current_cuda_stream"));
     STD_TORCH_CHECK(find != nullptr, "this torch has no CUDA");
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(find(device, &stream));
