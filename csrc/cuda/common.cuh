@@ -89,11 +89,17 @@ __device__ Packed<T> pack(const Vec& v) {
     return packed;
 }
 
+// What one instruction moves; of any type, so that a compiler for CPUs takes it for all of them.
+struct [[gnu::may_alias]] alignas(16) Chunk {
+    uint32_t words[4];
+};
+
 // p lies at a multiple of 16 bytes
 template <class T>
 __device__ Packed<T> load_packed(const T* p) {
-    uint4 chunks[Packed<T>::CHUNKS];
-    memcpy(chunks, __builtin_assume_aligned(static_cast<const void*>(p), 16), sizeof(chunks));
+    Chunk chunks[Packed<T>::CHUNKS];
+#pragma unroll
+    for (int i = 0; i < Packed<T>::CHUNKS; ++i) chunks[i] = reinterpret_cast<const Chunk*>(p)[i];
     Packed<T> packed;
     memcpy(static_cast<void*>(&packed), chunks, sizeof(packed));
     return packed;
@@ -101,9 +107,10 @@ __device__ Packed<T> load_packed(const T* p) {
 
 template <class T>
 __device__ void store_packed(T* p, const Packed<T>& packed) {
-    uint4 chunks[Packed<T>::CHUNKS];
+    Chunk chunks[Packed<T>::CHUNKS];
     memcpy(chunks, static_cast<const void*>(&packed), sizeof(packed));
-    memcpy(__builtin_assume_aligned(static_cast<void*>(p), 16), chunks, sizeof(chunks));
+#pragma unroll
+    for (int i = 0; i < Packed<T>::CHUNKS; ++i) reinterpret_cast<Chunk*>(p)[i] = chunks[i];
 }
 
 // rows
