@@ -43,7 +43,8 @@ void run(const torch::stable::Tensor&, const Launch& launch) {
 }  // namespace
 }  // namespace fluxkern::bindings
 
-#include "bindings.h"
+#include "bindings_gelu_tanh.h"
+#include "bindings_heads.h"
 
 namespace fluxkern::bindings {
 namespace {
@@ -77,6 +78,8 @@ void stream_copy(const Tensor& source, const Tensor& target) {
 
 STABLE_TORCH_LIBRARY(fluxkern_cpu, library) {
     fluxkern::bindings::define_ops(library);
+    fluxkern::bindings::define_ops(library, fluxkern::bindings::HEAD_OPS);
+    fluxkern::bindings::define_ops(library, fluxkern::bindings::GELU_OPS);
     library.def("_stream_copy(Tensor source, Tensor(a!) target) -> ()");
     library.def("_set_isa(str name) -> ()");
     library.def("_isa() -> str");
@@ -84,6 +87,8 @@ STABLE_TORCH_LIBRARY(fluxkern_cpu, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(fluxkern_cpu, CPU, library) {
     fluxkern::bindings::implement_ops(library);
+    fluxkern::bindings::implement_ops(library, fluxkern::bindings::HEAD_OPS);
+    fluxkern::bindings::implement_ops(library, fluxkern::bindings::GELU_OPS);
     library.impl("_stream_copy", TORCH_BOX(&fluxkern::bindings::stream_copy));
 }
 

@@ -3,24 +3,10 @@
 // Bytes: forward 4 B L C elements; backward 6 B L C, and fp32 partial sums of a row a chunk.
 // Accumulation: fp32; x_new is rounded to its dtype before the norm; sums in a fixed order.
 // Limits: none; rows that are no multiple of a vector or misaligned are stored through the caches.
-#include <cstdlib>
-
+#include "buffer.h"
 #include "norm.h"
 
 namespace fluxkern::cpu::FLUXKERN_ISA {
-namespace {
-
-struct Buffer {  // fp32 [padded(C)]
-    float* const data;
-
-    explicit Buffer(int64_t C)
-        : data(static_cast<float*>(std::aligned_alloc(64, padded(C) * sizeof(float)))) {}
-    ~Buffer() {
-        std::free(data);
-    }
-};
-
-}  // namespace
 
 void gated_residual_norm_modulate(DType dtype, Tokens x, Tokens y, Rows txt_gate, Rows txt_scale,
                                   Rows txt_shift, Rows img_gate, Rows img_scale, Rows img_shift,

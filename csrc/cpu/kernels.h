@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "../heads.h"
 #include "../views.h"
 
 namespace fluxkern::cpu {
@@ -68,6 +69,19 @@ FLUXKERN_KERNEL(gated_residual_norm_modulate_backward, DType, Tokens dx_new, Tok
                 Rows img_scale, Tokens dx, Tokens dy, Rows txt_dgate, Rows txt_dscale,
                 Rows txt_dshift, Rows img_dgate, Rows img_dscale, Rows img_dshift, const Sizes&,
                 float eps, float* scratch, const Context&)
+FLUXKERN_KERNEL(qk_norm_rope, DType, Heads txt_q, Heads txt_k, Heads txt_v, Heads img_q,
+                Heads img_k, Heads img_v, const void* txt_q_weight, const void* txt_k_weight,
+                const void* img_q_weight, const void* img_k_weight, Angles cos, Angles sin,
+                Heads q, Heads k, Heads v, const HeadSizes&, float eps, const Context&)
+FLUXKERN_KERNEL(qk_norm_rope_backward, DType, Heads dq_out, Heads dk_out, Heads txt_q,
+                Heads txt_k, Heads img_q, Heads img_k, const void* txt_q_weight,
+                const void* txt_k_weight, const void* img_q_weight, const void* img_k_weight,
+                Angles cos, Angles sin, Heads txt_dq, Heads txt_dk, Heads img_dq, Heads img_dk,
+                void* txt_dq_weight, void* txt_dk_weight, void* img_dq_weight,
+                void* img_dk_weight, const HeadSizes&, float eps, float* scratch, const Context&)
+FLUXKERN_KERNEL(gelu_tanh, DType, Tokens x, Tokens out, const Sizes&, const Context&)
+FLUXKERN_KERNEL(gelu_tanh_backward, DType, Tokens dy, Tokens x, Tokens dx, const Sizes&,
+                const Context&)
 FLUXKERN_KERNEL(stream_copy, const void* source, void* target, int64_t bytes, const Context&)
 
 // Tokens of one stream of one batch element, so many that no sum depends on the threads.
@@ -101,6 +115,10 @@ static inline int64_t gated_residual_backward_scratch(const Sizes& sizes, const 
 static inline int64_t gated_residual_norm_modulate_backward_scratch(const Sizes& sizes,
                                                                     const Context&) {
     return chunk_sums(sizes, 3);
+}
+
+static inline int64_t qk_norm_rope_backward_scratch(const HeadSizes& sizes, const Context&) {
+    return chunk_sums({sizes.B, sizes.L, sizes.D, sizes.txt_len}, 2);
 }
 
 }  // namespace fluxkern::cpu

@@ -28,12 +28,14 @@ Out<T> out_of(const Tokens& x, const Place& at, bool streaming) {
     return {static_cast<T*>(x.data) + at.b * x.stride_b + at.l * x.stride_l, streaming};
 }
 
+constexpr int64_t ENOUGH_TO_STREAM = int64_t(4) << 20;  // bytes
+
 // Whether an output is too large to be found in a cache later, and every vector of it aligned.
 template <class T>
 bool streams(const Sizes& sizes, const Tokens& out) {
-    constexpr int64_t bytes = sizeof(Reg), enough = int64_t(4) << 20;
     const uint64_t places = uint64_t(out.data) | (out.stride_b | out.stride_l) * sizeof(T);
-    return places % bytes == 0 && sizes.B * sizes.L * sizes.C * int64_t(sizeof(T)) >= enough;
+    const int64_t bytes = sizes.B * sizes.L * sizes.C * int64_t(sizeof(T));
+    return places % sizeof(Reg) == 0 && bytes >= ENOUGH_TO_STREAM;
 }
 
 FLUXKERN_INLINE Place place_of(int64_t row, const Sizes& sizes) {
@@ -75,34 +77,46 @@ FLUXKERN_INLINE void overlapped(int64_t C, bool starts, bool finishes, const Sta
 
 // sums over the tokens of a stream: one row of partial sums a chunk, added in order
 
+struct Chunk {
+    Place first;
+    int64_t end;  // token
+};
+
+// body(Chunk, sums [N, padded(C)]) for every chunk; a token takes `work` elements.
+template <int N, class Body>
+void each_chunk(const Context& context, const Sizes& sizes, int64_t work, float* scratch,
+                const Body& body) {
+    const Chunks chunks = chunks_of(sizes);
+    const int64_t each = chunks.txt + chunks.img, C = padded(sizes.C);
+    const int64_t grain = GRAIN / (chunks.rows * (work + 1)) + 1;
+    parallel(context, sizes.B * each, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t b = i / each, c = i % each;
+            const bool txt = c < chunks.txt;
+            const int64_t border = txt ? sizes.txt_len : sizes.L;
+            const int64_t l = txt ? c * chunks.rows
+                                  : sizes.txt_len + (c - chunks.txt) * chunks.rows;
+            const int64_t last = l + chunks.rows < border ? l + chunks.rows : border;
+            float* sums = scratch + i * N * C;
+            __builtin_memset(sums, 0, N * C * sizeof(float));
+            body(Chunk{{b, l, txt}, last}, sums);
+        }
+    });
+}
+
 template <int R>
 struct Group {};
 constexpr int GROUP = 4;
 
-// body(Group<R>, Place of the first, sums [N, padded(C)]) for groups of R tokens of every chunk, so
-// that vectors and sums are read and written once a group.
+// body(Group<R>, Place of the first, sums) for groups of R tokens of every chunk, so that vectors
+// and sums are read and written once a group.
 template <int N, class Body>
-void each_group(const Context& context, const Sizes& sizes, float* scratch,
-                        const Body& body) {
-    const Chunks chunks = chunks_of(sizes);
-    const int64_t each = chunks.txt + chunks.img, C = padded(sizes.C);
-    parallel(context, sizes.B * each, GRAIN / (chunks.rows * (sizes.C + 1)) + 1,
-             [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) {
-                     const int64_t b = i / each, c = i % each;
-                     const bool txt = c < chunks.txt;
-                     const int64_t border = txt ? sizes.txt_len : sizes.L;
-                     int64_t l = txt ? c * chunks.rows
-                                     : sizes.txt_len + (c - chunks.txt) * chunks.rows;
-                     const int64_t last = l + chunks.rows < border ? l + chunks.rows : border;
-                     float* sums = scratch + i * N * C;
-                     __builtin_memset(sums, 0, N * C * sizeof(float));
-                     for (; l + GROUP <= last; l += GROUP) {
-                         body(Group<GROUP>{}, Place{b, l, txt}, sums);
-                     }
-                     for (; l < last; ++l) body(Group<1>{}, Place{b, l, txt}, sums);
-                 }
-             });
+void each_group(const Context& context, const Sizes& sizes, float* scratch, const Body& body) {
+    each_chunk<N>(context, sizes, sizes.C, scratch, [&](const Chunk& chunk, float* sums) {
+        Place at = chunk.first;
+        for (; at.l + GROUP <= chunk.end; at.l += GROUP) body(Group<GROUP>{}, at, sums);
+        for (; at.l < chunk.end; ++at.l) body(Group<1>{}, at, sums);
+    });
 }
 
 template <class T, int N>
