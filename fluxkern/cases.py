@@ -277,21 +277,21 @@ CASES = {
         lambda s: 4 * s.heads_of_all,
         lambda s: 6 * s.heads_of_all,
         "reads and writes q and k; backward reads both gradients and inputs, writes two",
-        backends=("triton", "cuda"),
+        backends=("cpu", "triton", "cuda"),
     ),
     "joint_qk_norm_rope": Case(
         _joint_qk_norm_rope,
         lambda s: 6 * s.heads_of_all,
         lambda s: 6 * s.heads_of_all,
         "reads and writes q, k and v; backward as qk_norm_rope, dv is a view",
-        backends=("triton", "cuda"),
+        backends=("cpu", "triton", "cuda"),
     ),
     "qk_norm_rope_": Case(
         _in_place,
         lambda s: 4 * s.heads_of_all,
         None,
         "reads and writes q and k",
-        backends=("triton", "cuda"),
+        backends=("cpu", "triton", "cuda"),
     ),
     "attention": Case(
         _attention,
@@ -339,7 +339,7 @@ CASES = {
         lambda s: 8 * s.stream,
         lambda s: 12 * s.stream,
         "reads and writes the MLP's 4 C a token; backward reads two and writes one",
-        backends=("triton", "cuda"),
+        backends=("cpu", "triton", "cuda"),
     ),
     "group_norm_silu": Case(
         _group_norm_silu,
