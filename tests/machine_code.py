@@ -26,7 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 ARCHS = (80, 89, 90, 100, 120)
-SHAPE = "flux-1024"
+MORE_SIZES_ON = 90  # what a kernel is specialised on is the same everywhere
 SHARED_PER_BLOCK = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 SHARED_PER_SM = {80: 164, 89: 100, 90: 228, 100: 228, 120: 100}  # KiB
 WARPS_PER_SM = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
@@ -179,16 +179,25 @@ GRADIENT_OF = {"dh": "x", "dx_new": "x", "x_new": "x", "dy": "x", "dout": "q", "
 GRADIENT_OF |= {"dq_out": "q", "dk_out": "k"}
 
 
-def arguments(op: str) -> list:
-    """Those of a FLUX-sized call in bf16, on the meta device, in the order of the op's schema."""
+def call_sizes() -> list:
+    """Those of one model: resolutions, batches, prompts; the first is what budgets speak of."""
+    from fluxkern.cases import SHAPES, Sizes
+
+    names = ("flux-1024", "flux-512", "flux-2048", "flux-1024-batch-4")
+    odd = Sizes(3, 77, 1085, 3072, 24, 128, skip=0, spare=0)
+    return [*(SHAPES[name] for name in names), odd]
+
+
+def arguments(op: str, sizes: Any = None) -> list:
+    """Those of a call in bf16, on the meta device, in the order of the op's schema."""
     import torch
 
     import fluxkern.ops  # noqa: F401  (defines the torch ops)
-    from fluxkern.cases import CASES, SHAPES, Maker
+    from fluxkern.cases import CASES, Maker
 
     case = op.removesuffix("_backward")
     case = "attention_lse" if case == "attention" else case
-    values = CASES[case].inputs(Maker(SHAPES[SHAPE], torch.bfloat16, "meta"))
+    values = CASES[case].inputs(Maker(sizes or call_sizes()[0], torch.bfloat16, "meta"))
     values |= {"eps": 1e-6, "backend": None}
     values |= {t: values[t].contiguous() for t in ("cos", "sin") if t in values}  # as our model's
     for name, of in GRADIENT_OF.items():
@@ -215,18 +224,20 @@ def launch(op: str, args: list) -> None:
 
 
 def rows_of(arch: int, ops: list[str], only: str | None = None) -> list[dict[str, Any]]:
-    """A row a kernel, as it is launched first."""
-    rows, seen = [], set()
+    """A row a kernel, as it is launched first, and how often sizes made it compile again."""
+    rows = {}
     with launches_compiled_only(arch) as compiled:
         for op in ops:
-            done = len(compiled)
-            launch(op, arguments(op))
-            for kernel in compiled[done:]:
+            compiled.clear()
+            for sizes in call_sizes()[: None if arch == MORE_SIZES_ON else 1]:
+                launch(op, arguments(op, sizes))
+            for kernel in compiled:
                 name = kernel.metadata.name + f" in {op}" * (op in VARIANTS)
-                if name not in seen and only in (None, name):
-                    seen.add(name)
-                    rows.append(read_compiled(kernel, arch, op) | {"kernel": name})
-    return rows
+                if name not in rows and only in (None, name):
+                    row = read_compiled(kernel, arch, op)
+                    same = {k.hash for k in compiled if k.metadata.name == kernel.metadata.name}
+                    rows[name] = row | {"kernel": name, "specialisations": len(same)}
+    return list(rows.values())
 
 
 def all_rows(only: str | None = None) -> list[dict[str, Any]]:
@@ -283,23 +294,26 @@ def violations(row: dict[str, Any], budget: dict[str, Any]) -> list[str]:
     """What `row` breaks of its entry in budgets.json; a sentence each.
 
     An entry holds upper limits `registers`, `shared`, `narrow_loads`, `narrow_stores` (0 unless
-    given), lower limits `loads`, `stores`, `tma`, `warps_per_sm`, the `tensor_cores`, and under
-    `sm_<arch>` what differs there. Spills and stack are always refused.
+    given), `specialisations` (1 unless given), lower limits `loads`, `stores`, `tma`,
+    `warps_per_sm`, the `tensor_cores`, and under `sm_<arch>` what differs there. Spills and stack
+    are always refused. What a row does not hold (a CUDA object has no `warps`) is not checked.
     """
-    limits = {"spills": 0, "stack": 0, "narrow_loads": 0, "narrow_stores": 0} | budget
+    limits = {"spills": 0, "stack": 0, "narrow_loads": 0, "narrow_stores": 0}
+    limits |= {"specialisations": 1} | budget
     limits |= budget.get(f"sm_{row['arch']}", {})
     upper = ("spills", "stack", "registers", "shared", "narrow_loads", "narrow_stores")
+    upper += ("specialisations",)
     lower = ("loads", "stores", "tma", "warps_per_sm")
     where = f"{row['kernel']} on sm_{row['arch']}"
     found = [
         f"{where}: {name} must be <= {limits[name]}, got {row[name]}"
         for name in upper
-        if name in limits and row[name] > limits[name]
+        if name in limits and name in row and row[name] > limits[name]
     ]
     found += [
         f"{where}: {name} must be >= {limits[name]}, got {row[name]}"
         for name in lower
-        if name in limits and row[name] < limits[name]
+        if name in limits and name in row and row[name] < limits[name]
     ]
     cores = limits.get("tensor_cores", [])
     if row["tensor_cores"] != cores:
