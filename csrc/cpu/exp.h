@@ -1,4 +1,4 @@
-// exp and what is made of it, for a Vec.
+// 2^x and 1 / x of a Vec, as sigmoids want them.
 #pragma once
 
 #include "vec.h"
@@ -6,33 +6,65 @@
 namespace fluxkern::cpu::FLUXKERN_ISA {
 namespace {
 
-FLUXKERN_INLINE Reg clamp(Reg v, float low, float high) {  // a NaN stays one
-    const Reg least = low - Reg{}, most = high - Reg{};
-    v = v < least ? least : v;
+// The larger, the smaller; a NaN in v stays one.
+FLUXKERN_INLINE Reg at_least(float low, Reg v) {
+    const Reg least = low - Reg{};
+#if defined(__AVX512F__)
+    return bit_cast<Reg>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(least), bit_cast<__m512>(v)));
+#elif defined(__AVX2__)
+    return bit_cast<Reg>(_mm256_max_ps(bit_cast<__m256>(least), bit_cast<__m256>(v)));
+#else
+    return v < least ? least : v;
+#endif
+}
+FLUXKERN_INLINE Reg at_most(float high, Reg v) {
+    const Reg most = high - Reg{};
+#if defined(__AVX512F__)
+    return bit_cast<Reg>(_mm512_maskz_min_ps(0xffff, bit_cast<__m512>(most), bit_cast<__m512>(v)));
+#elif defined(__AVX2__)
+    return bit_cast<Reg>(_mm256_min_ps(bit_cast<__m256>(most), bit_cast<__m256>(v)));
+#else
     return v > most ? most : v;
+#endif
+}
+FLUXKERN_INLINE Vec at_least(float low, Vec v) {
+    return {at_least(low, v.a), at_least(low, v.b)};
+}
+FLUXKERN_INLINE Vec at_most(float high, Vec v) {
+    return {at_most(high, v.a), at_most(high, v.b)};
 }
 
-// exp(x) = 2^n exp(r), |r| <= ln(2) / 2; within 2 units of the last place, for -87 <= x <= 88
-FLUXKERN_INLINE Reg exp(Reg x) {
-    constexpr float to_integer = 0x1.8p23f, log2e = 0x1.715476p0f;
-    constexpr float ln2_high = 0x1.62ep-1f, ln2_low = 0x1.0bfbe8p-15f;
-    const Reg shifted = x * log2e + to_integer, n = shifted - to_integer;
-    const Reg r = (x - n * ln2_high) - n * ln2_low;
-    Reg p = r * (1 / 5040.0f) + 1 / 720.0f;
-    p = p * r + 1 / 120.0f;
-    p = p * r + 1 / 24.0f;
-    p = p * r + 1 / 6.0f;
-    p = p * r + 0.5f;
-    p = p * (r * r) + r + 1.0f;
+// For -126 <= x <= 127; a minimax polynomial of the fraction, within 2 units of the last place.
+FLUXKERN_INLINE Reg exp2(Reg x) {
+    constexpr float to_integer = 0x1.8p23f;
+    const Reg shifted = x + to_integer, f = x - (shifted - to_integer);
+    Reg p = f * 0x1.5bb99ep-10f + 0x1.3ceafap-7f;
+    p = p * f + 0x1.c6b756p-5f;
+    p = p * f + 0x1.ebf9bap-3f;
+    p = p * f + 0x1.62e42ap-1f;
+    p = p * f + 1.0f;
     return bit_cast<Reg>(bit_cast<Words>(p) + (bit_cast<Words>(shifted) << 23));
 }
-
-FLUXKERN_INLINE Vec exp(Vec x) {
-    return {exp(clamp(x.a, -87, 88)), exp(clamp(x.b, -87, 88))};
+FLUXKERN_INLINE Vec exp2(Vec x) {
+    return {exp2(x.a), exp2(x.b)};
 }
 
-FLUXKERN_INLINE Vec operator/(Vec x, Vec y) {
-    return {x.a / y.a, x.b / y.b};
+// 1 / x by an estimate and one step of Newton's method, within 2 units of the last place
+FLUXKERN_INLINE Reg reciprocal(Reg x) {
+#if defined(__AVX512F__)
+    const Reg estimate = bit_cast<Reg>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(x)));
+#elif defined(__AVX2__)
+    const Reg estimate = bit_cast<Reg>(_mm256_rcp_ps(bit_cast<__m256>(x)));
+#else
+    return 1.0f / x;
+#endif
+#if defined(__AVX2__)
+    return estimate + estimate * (1.0f - x * estimate);
+#endif
+}
+
+FLUXKERN_INLINE Vec reciprocal(Vec x) {
+    return {reciprocal(x.a), reciprocal(x.b)};
 }
 
 }  // namespace

@@ -70,7 +70,9 @@ FLUXKERN_INLINE float plain(float v) {  // without the low bits of a NaN, as rou
 struct Scratch {
     const Buffer cos, sin, head;
 
-    explicit Scratch(int64_t D) : cos(D), sin(D), head(D) {}
+    explicit Scratch(int64_t D) : cos(D), sin(D), head(D) {
+        for (int64_t i = 0; i < padded(D); ++i) cos.data[i] = sin.data[i] = 0;  // behind D / 2 too
+    }
 
     Rotation rotation(const Angles& cosines, const Angles& sines, int64_t l, int64_t D) const {
         for (int64_t i = 0; i < D / 2; ++i) {
