@@ -124,15 +124,15 @@ struct BackwardJob {  // one of q, k
 };
 
 struct BackwardStream {  // of one strip
-    Heads x, dx;
+    Heads dout, x, dx;
     const void* weight;
     int64_t skipped;  // tokens of the joint sequence in front of the stream
 };
 
 __device__ inline BackwardStream stream_of(const BackwardJob& job, const Strip& strip,
                                            const HeadSizes& sizes) {
-    if (strip.txt) return {job.txt, job.txt_dx, job.txt_weight, 0};
-    return {job.img, job.img_dx, job.img_weight, sizes.txt_len};
+    if (strip.txt) return {job.dout, job.txt, job.txt_dx, job.txt_weight, 0};
+    return {job.dout, job.img, job.img_dx, job.img_weight, sizes.txt_len};
 }
 
 // dx = r (g - n mean(g n)) with n = x r and g = weight * (dout rotated back); gives dout back * n.
@@ -178,23 +178,22 @@ __device__ inline void write_weight_sums(Vec sums, int lanes, float* partial) {
 }
 
 template <class T>
-__device__ void backward_by_vectors(const BackwardJob& job, const Strip& strip, const Angles& cos,
-                                    const Angles& sin, const HeadSizes& sizes, float eps,
-                                    float* partial) {
+__device__ void backward_by_vectors(const BackwardStream& s, const Strip& strip,
+                                    const Angles& cos, const Angles& sin, const HeadSizes& sizes,
+                                    float eps, float* partial) {
     const int H = int(sizes.H), lanes = int(sizes.D) / WIDTH, heads = WARP / lanes;
     const int lane = threadIdx.x % WARP, column = lane % lanes * WIDTH;
-    const BackwardStream s = stream_of(job, strip, sizes);
     const T* weight = static_cast<const T*>(s.weight) + column;
     Vec sums = {};
     for (int l = strip.first + threadIdx.x / WARP; l < strip.end; l += WARPS) {
         const Rotation rotation = rotation_of(cos, sin, l, column / 2);
-        const T* dout = head_of<const T>(job.dout, strip.b, l, 0) + column;
+        const T* dout = head_of<const T>(s.dout, strip.b, l, 0) + column;
         const T* x = head_of<const T>(s.x, strip.b, l - s.skipped, 0) + column;
         T* const dx = head_of<T>(s.dx, strip.b, l - s.skipped, 0) + column;
         for (int h0 = 0; h0 < H; h0 += heads) {
             const int64_t h = h0 + lane / lanes;
             const Vec products = backward_of_head<T>(
-                dout + h * job.dout.stride_h, x + h * s.x.stride_h, weight, dx + h * s.dx.stride_h,
+                dout + h * s.dout.stride_h, x + h * s.x.stride_h, weight, dx + h * s.dx.stride_h,
                 rotation, lanes, h < H, eps);
             for (int i = 0; i < WIDTH; ++i) sums[i] += products[i];
         }
@@ -204,16 +203,15 @@ __device__ void backward_by_vectors(const BackwardJob& job, const Strip& strip, 
 
 // One warp a block; a lane adds to its own elements of scratch.
 template <class T>
-__device__ void backward_by_pairs(const BackwardJob& job, const Strip& strip, const Angles& cos,
+__device__ void backward_by_pairs(const BackwardStream& s, const Strip& strip, const Angles& cos,
                                   const Angles& sin, const HeadSizes& sizes, float eps,
                                   float* partial) {
-    const BackwardStream s = stream_of(job, strip, sizes);
     const T* weight = static_cast<const T*>(s.weight);
     const int pairs = int(sizes.D) / 2;
     for (int i = threadIdx.x; i < pairs; i += WARP) partial[2 * i] = partial[2 * i + 1] = 0;
     for (int64_t row = 0; row < (strip.end - strip.first) * sizes.H; ++row) {
         const int64_t l = strip.first + row / sizes.H, h = row % sizes.H;
-        const T* dout = head_of<const T>(job.dout, strip.b, l, h);
+        const T* dout = head_of<const T>(s.dout, strip.b, l, h);
         const T* x = head_of<const T>(s.x, strip.b, l - s.skipped, h);
         T* const dx = head_of<T>(s.dx, strip.b, l - s.skipped, h);
         const auto back = [&](int i) {
@@ -246,10 +244,11 @@ __global__ void __launch_bounds__(WARPS * WARP, 4)
                                  HeadSizes sizes, Strips strips, float eps, float* scratch) {
     const Strip strip =
         strip_of(blockIdx.x / 2, strips, {sizes.B, sizes.L, sizes.D, sizes.txt_len});
-    const BackwardJob job = blockIdx.x % 2 == 0 ? q : k;
+    const BackwardStream s =
+        blockIdx.x % 2 == 0 ? stream_of(q, strip, sizes) : stream_of(k, strip, sizes);
     float* const partial = scratch + int64_t(blockIdx.x) * sizes.D;
-    if constexpr (VECTORS) backward_by_vectors<T>(job, strip, cos, sin, sizes, eps, partial);
-    if constexpr (!VECTORS) backward_by_pairs<T>(job, strip, cos, sin, sizes, eps, partial);
+    if constexpr (VECTORS) backward_by_vectors<T>(s, strip, cos, sin, sizes, eps, partial);
+    if constexpr (!VECTORS) backward_by_pairs<T>(s, strip, cos, sin, sizes, eps, partial);
 }
 
 template <class Launch>
