@@ -38,7 +38,7 @@ test: build build-host
 	$(BIN)/python -m pytest -q
 
 test-build: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m build tests/test_build.py
+	$(BIN)/python -m pytest -q -m build tests/test_build.py tests/test_cuda_budgets.py
 
 sanitize: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m sanitize tests/test_sanitizers.py
