@@ -35,7 +35,7 @@ demo: build
 	$(BIN)/fluxkern generate "a red circle on a blue background" --seed 0 --output demo.png --force
 
 test: build build-host
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-build: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m build tests/test_build.py tests/test_cuda_budgets.py

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it; child processes inherit it
 
@@ -28,6 +29,27 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.seed = secrets.randbelow(2**32)
     if getattr(config.option, "hypothesis_seed", "") is None:
         config.option.hypothesis_seed = str(config.option.seed)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With xdist a file runs in one process, and a backend of the contract in one."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            of_contract = item.path.stem == "test_contract" and hasattr(item, "callspec")
+            backend = item.callspec.params.get("backend", "") if of_contract else ""
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {backend}"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        cells = sorted(coverage_table.recorded(session.config))
+        session.config.workeroutput["coverage"] = [list(cell) for cell in cells]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for cell in getattr(node, "workeroutput", {}).get("coverage", ()):
+        coverage_table.record(node.config, *cell)
 
 
 def _replay(config: pytest.Config) -> str:

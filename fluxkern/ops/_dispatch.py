@@ -245,6 +245,16 @@ def _no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
+def _on_its_device(launcher: Callable) -> Callable:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    def launch(*args: object) -> None:
+        with torch.cuda.device_of(args[0]):
+            launcher(*args)
+
+    return launch
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton too, when a kernel is made
 
@@ -271,8 +281,11 @@ def _triton(op: str) -> Backend | str:
         device = "cpu" if _interpreting() else "cuda"
         return _refusal(device, args) or (limits(op, *args) if args else None)
 
-    interpreter = "Triton's interpreter runs only when named" if _interpreting() else None
-    return Backend("triton", _destination_passing(op, launcher), unsupported, interpreter)
+    if _interpreting():
+        interpreter = "Triton's interpreter runs only when named"
+        return Backend("triton", _destination_passing(op, launcher), unsupported, interpreter)
+    run_kernel = _destination_passing(op, _on_its_device(launcher))
+    return Backend("triton", run_kernel, unsupported)
 
 
 # choosing
