@@ -44,6 +44,7 @@ void run(const torch::stable::Tensor&, const Launch& launch) {
 }  // namespace fluxkern::bindings
 
 #include "bindings_gelu_tanh.h"
+#include "bindings_group_norm.h"
 #include "bindings_heads.h"
 
 namespace fluxkern::bindings {
@@ -77,19 +78,23 @@ void stream_copy(const Tensor& source, const Tensor& target) {
 }  // namespace fluxkern::bindings
 
 STABLE_TORCH_LIBRARY(fluxkern_cpu, library) {
-    fluxkern::bindings::define_ops(library);
-    fluxkern::bindings::define_ops(library, fluxkern::bindings::HEAD_OPS);
-    fluxkern::bindings::define_ops(library, fluxkern::bindings::GELU_OPS);
+    using namespace fluxkern::bindings;
+    define_ops(library);
+    define_ops(library, HEAD_OPS);
+    define_ops(library, GELU_OPS);
+    define_ops(library, GROUP_NORM_OPS);
     library.def("_stream_copy(Tensor source, Tensor(a!) target) -> ()");
     library.def("_set_isa(str name) -> ()");
     library.def("_isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fluxkern_cpu, CPU, library) {
-    fluxkern::bindings::implement_ops(library);
-    fluxkern::bindings::implement_ops(library, fluxkern::bindings::HEAD_OPS);
-    fluxkern::bindings::implement_ops(library, fluxkern::bindings::GELU_OPS);
-    library.impl("_stream_copy", TORCH_BOX(&fluxkern::bindings::stream_copy));
+    using namespace fluxkern::bindings;
+    implement_ops(library);
+    implement_ops(library, HEAD_OPS);
+    implement_ops(library, GELU_OPS);
+    implement_ops(library, GROUP_NORM_OPS);
+    library.impl("_stream_copy", TORCH_BOX(&stream_copy));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fluxkern_cpu, CompositeExplicitAutograd, library) {

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "../heads.h"
+#include "../images.h"
 #include "../views.h"
 
 namespace fluxkern::cpu {
@@ -82,6 +83,11 @@ FLUXKERN_KERNEL(qk_norm_rope_backward, DType, Heads dq_out, Heads dk_out, Heads 
 FLUXKERN_KERNEL(gelu_tanh, DType, Tokens x, Tokens out, const Sizes&, const Context&)
 FLUXKERN_KERNEL(gelu_tanh_backward, DType, Tokens dy, Tokens x, Tokens dx, const Sizes&,
                 const Context&)
+FLUXKERN_KERNEL(group_norm_silu, DType, Images x, const void* weight, const void* bias, Images out,
+                const ImageSizes&, float eps, float* scratch, const Context&)
+FLUXKERN_KERNEL(group_norm_silu_backward, DType, Images dy, Images x, const void* weight,
+                const void* bias, Images dx, void* dweight, void* dbias, const ImageSizes&,
+                float eps, float* scratch, const Context&)
 FLUXKERN_KERNEL(stream_copy, const void* source, void* target, int64_t bytes, const Context&)
 
 // Tokens of one stream of one batch element, so many that no sum depends on the threads.
@@ -115,6 +121,31 @@ static inline int64_t gated_residual_backward_scratch(const Sizes& sizes, const 
 static inline int64_t gated_residual_norm_modulate_backward_scratch(const Sizes& sizes,
                                                                     const Context&) {
     return chunk_sums(sizes, 3);
+}
+
+// Blocks of pixels of a channels-last picture: of a fixed number, and so many that few are left.
+constexpr int64_t STATISTICS_PIXELS = 64;
+
+static inline int64_t pixels_of_a_chunk(const ImageSizes& sizes) {
+    return sizes.P / 64 < STATISTICS_PIXELS ? STATISTICS_PIXELS : sizes.P / 64;
+}
+
+static inline int64_t blocks_of(const ImageSizes& sizes, int64_t pixels) {
+    return (sizes.P + pixels - 1) / pixels;
+}
+
+static inline int64_t group_norm_silu_scratch(const ImageSizes& sizes, const Context&) {
+    if (!sizes.channels_last) return 0;
+    const int64_t blocks = blocks_of(sizes, STATISTICS_PIXELS);
+    return sizes.B * 2 * (blocks * sizes.groups + padded(sizes.C));
+}
+
+static inline int64_t group_norm_silu_backward_scratch(const ImageSizes& sizes,
+                                                       const Context& context) {
+    const int64_t a_row_each = sizes.B * 2 * padded(sizes.C);
+    if (!sizes.channels_last) return a_row_each;
+    const int64_t chunks = blocks_of(sizes, pixels_of_a_chunk(sizes));
+    return group_norm_silu_scratch(sizes, context) + (2 + chunks) * a_row_each;
 }
 
 static inline int64_t qk_norm_rope_backward_scratch(const HeadSizes& sizes, const Context&) {

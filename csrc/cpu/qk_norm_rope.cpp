@@ -9,37 +9,19 @@
 namespace fluxkern::cpu::FLUXKERN_ISA {
 namespace {
 
-struct Pairs {  // even and odd elements of one Vec
-    Reg even, odd;
-};
-
-constexpr Words iota(uint32_t first, uint32_t step) {
-    Words v = {};
-    for (int i = 0; i < REG; ++i) v[i] = first + step * uint32_t(i);
+template <class T>
+FLUXKERN_INLINE Vec pairs_of(Vec v, T) {  // a: the even elements, b: the odd ones
+    return parted(v);
+}
+FLUXKERN_INLINE Vec pairs_of(Vec v, bf16) {
     return v;
 }
-
 template <class T>
-FLUXKERN_INLINE Pairs pairs_of(Vec v, T) {
-    return {__builtin_shuffle(v.a, v.b, iota(0, 2)), __builtin_shuffle(v.a, v.b, iota(1, 2))};
+FLUXKERN_INLINE Vec vec_of(Vec pairs, T) {
+    return joined(pairs);
 }
-FLUXKERN_INLINE Pairs pairs_of(Vec v, bf16) {
-    return {v.a, v.b};
-}
-
-constexpr Words zipped(uint32_t first) {
-    Words v = {};
-    for (int i = 0; i < REG; ++i) v[i] = first + uint32_t(i / 2) + (i % 2 ? REG : 0);
-    return v;
-}
-
-template <class T>
-FLUXKERN_INLINE Vec vec_of(Pairs p, T) {
-    return {__builtin_shuffle(p.even, p.odd, zipped(0)),
-            __builtin_shuffle(p.even, p.odd, zipped(REG / 2))};
-}
-FLUXKERN_INLINE Vec vec_of(Pairs p, bf16) {
-    return {p.even, p.odd};
+FLUXKERN_INLINE Vec vec_of(Vec pairs, bf16) {
+    return pairs;
 }
 
 FLUXKERN_INLINE Reg half(const float* p) {  // of a table [padded(D) / 2]
@@ -52,13 +34,13 @@ FLUXKERN_INLINE Reg half(const float* p) {  // of a table [padded(D) / 2]
 struct Rotation {
     const float *cos, *sin;
 
-    FLUXKERN_INLINE Pairs forward(Pairs x, int64_t i) const {
+    FLUXKERN_INLINE Vec forward(Vec x, int64_t i) const {
         const Reg c = half(cos + i / 2), s = half(sin + i / 2);
-        return {c * x.even - s * x.odd, s * x.even + c * x.odd};
+        return {c * x.a - s * x.b, s * x.a + c * x.b};
     }
-    FLUXKERN_INLINE Pairs back(Pairs x, int64_t i) const {
+    FLUXKERN_INLINE Vec back(Vec x, int64_t i) const {
         const Reg c = half(cos + i / 2), s = half(sin + i / 2);
-        return {c * x.even + s * x.odd, c * x.odd - s * x.even};
+        return {c * x.a + s * x.b, c * x.b - s * x.a};
     }
 };
 
@@ -104,7 +86,7 @@ FLUXKERN_INLINE void norm_rope(const T* x, const T* weight, const Rotation& rota
     const float rstd = rstd_of(x, D, eps);
     each_vec<T>(D, [&](int64_t i, int, auto part) {
         const Vec n = load(x + i, part) * rstd * load(weight + i, part);
-        const Pairs turned = rotation.forward(pairs_of(n, T{}), i);
+        const Vec turned = rotation.forward(pairs_of(n, T{}), i);
         out.store(i, vec_of(turned, T{}), part);
         prefetch(next + i);
     });

@@ -107,6 +107,24 @@ FLUXKERN_INLINE float total(Reg v) {
 #endif
 }
 
+// The even and the odd elements of a and b behind each other, and back.
+constexpr Words every_second(uint32_t first) {
+    Words v = {};
+    for (int i = 0; i < REG; ++i) v[i] = first + 2 * uint32_t(i);
+    return v;
+}
+constexpr Words in_turn(uint32_t first) {
+    Words v = {};
+    for (int i = 0; i < REG; ++i) v[i] = first + uint32_t(i / 2) + (i % 2 ? REG : 0);
+    return v;
+}
+FLUXKERN_INLINE Vec parted(Vec v) {
+    return {__builtin_shuffle(v.a, v.b, every_second(0)), __builtin_shuffle(v.a, v.b, every_second(1))};
+}
+FLUXKERN_INLINE Vec joined(Vec v) {
+    return {__builtin_shuffle(v.a, v.b, in_turn(0)), __builtin_shuffle(v.a, v.b, in_turn(REG / 2))};
+}
+
 // elements: WIDTH of them as they lie in memory, in registers
 
 struct TwoHalves {
@@ -305,6 +323,22 @@ FLUXKERN_INLINE Part first(int n) {
 
 FLUXKERN_INLINE void store(float* p, Vec v) {
     put(p, v);
+}
+
+// A Vec of natural order in the order of T, and back.
+template <class T>
+FLUXKERN_INLINE Vec ordered_as(Vec v, T) {
+    return v;
+}
+FLUXKERN_INLINE Vec ordered_as(Vec v, bf16) {
+    return parted(v);
+}
+template <class T>
+FLUXKERN_INLINE Vec natural(Vec v, T) {
+    return v;
+}
+FLUXKERN_INLINE Vec natural(Vec v, bf16) {
+    return joined(v);
 }
 
 FLUXKERN_INLINE Vec keep(Vec v, Whole) {
