@@ -46,6 +46,7 @@ void run(const torch::stable::Tensor&, const Launch& launch) {
 #include "bindings_gelu_tanh.h"
 #include "bindings_group_norm.h"
 #include "bindings_heads.h"
+#include "bindings_modulation.h"
 
 namespace fluxkern::bindings {
 namespace {
@@ -83,6 +84,7 @@ STABLE_TORCH_LIBRARY(fluxkern_cpu, library) {
     define_ops(library, HEAD_OPS);
     define_ops(library, GELU_OPS);
     define_ops(library, GROUP_NORM_OPS);
+    define_ops(library, MODULATION_OPS);
     library.def("_stream_copy(Tensor source, Tensor(a!) target) -> ()");
     library.def("_set_isa(str name) -> ()");
     library.def("_isa() -> str");
@@ -94,6 +96,7 @@ STABLE_TORCH_LIBRARY_IMPL(fluxkern_cpu, CPU, library) {
     implement_ops(library, HEAD_OPS);
     implement_ops(library, GELU_OPS);
     implement_ops(library, GROUP_NORM_OPS);
+    implement_ops(library, MODULATION_OPS);
     library.impl("_stream_copy", TORCH_BOX(&stream_copy));
 }
 

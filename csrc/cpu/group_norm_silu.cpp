@@ -4,28 +4,11 @@
 // Accumulation: fp32 in blocks, two passes each, merged in fp64; sums in a fixed order.
 // Limits: contiguous or channels-last.
 #include "buffer.h"
-#include "exp.h"
 #include "rows.h"
+#include "silu.h"
 
 namespace fluxkern::cpu::FLUXKERN_ISA {
 namespace {
-
-constexpr float LOG2E = 1.4426950408889634f;
-
-FLUXKERN_INLINE Vec sigmoid(Vec z) {
-    return reciprocal(1 + exp2(at_least(-126, z * -LOG2E)));
-}
-
-FLUXKERN_INLINE Vec silu(Vec z) {  // below -87 it is below 1e-35
-    z = at_least(-87, z);
-    return z * sigmoid(z);
-}
-
-FLUXKERN_INLINE Vec silu_slope(Vec z) {
-    z = at_most(87, at_least(-87, z));
-    const Vec s = sigmoid(z);
-    return s * (1 + z * (1 + s * -1.0f));
-}
 
 struct Moments {
     double count = 0, mean = 0, squares = 0;  // about the mean
@@ -59,11 +42,6 @@ struct Affine {
         return rstd * (dz(dy, x) * weight - mean_dn - n(x) * mean_dn_n);
     }
 };
-
-template <class T>
-float scalar(const void* values, int64_t i) {
-    return load(static_cast<const T*>(values) + i, first<T>(1)).a[0];
-}
 
 template <class T>
 bool streams_images(const ImageSizes& sizes, const Images& out) {

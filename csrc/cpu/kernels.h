@@ -13,6 +13,7 @@
 
 #include "../heads.h"
 #include "../images.h"
+#include "../matrices.h"
 #include "../views.h"
 
 namespace fluxkern::cpu {
@@ -88,6 +89,8 @@ FLUXKERN_KERNEL(group_norm_silu, DType, Images x, const void* weight, const void
 FLUXKERN_KERNEL(group_norm_silu_backward, DType, Images dy, Images x, const void* weight,
                 const void* bias, Images dx, void* dweight, void* dbias, const ImageSizes&,
                 float eps, float* scratch, const Context&)
+FLUXKERN_KERNEL(modulation, DType, Tokens vec, Rows weight, const void* bias, Rows out,
+                const MatrixSizes&, float* scratch, const Context&)
 FLUXKERN_KERNEL(stream_copy, const void* source, void* target, int64_t bytes, const Context&)
 
 // Tokens of one stream of one batch element, so many that no sum depends on the threads.
@@ -146,6 +149,10 @@ static inline int64_t group_norm_silu_backward_scratch(const ImageSizes& sizes,
     if (!sizes.channels_last) return a_row_each;
     const int64_t chunks = blocks_of(sizes, pixels_of_a_chunk(sizes));
     return group_norm_silu_scratch(sizes, context) + (2 + chunks) * a_row_each;
+}
+
+static inline int64_t modulation_scratch(const MatrixSizes& sizes, const Context&) {
+    return sizes.S * sizes.B * padded(sizes.K);
 }
 
 static inline int64_t qk_norm_rope_backward_scratch(const HeadSizes& sizes, const Context&) {

@@ -321,6 +321,11 @@ FLUXKERN_INLINE Part first(int n) {
     return {n, load(ones, Part{n, {}})};
 }
 
+template <class T>
+FLUXKERN_INLINE float scalar(const void* values, int64_t i) {
+    return load(static_cast<const T*>(values) + i, first<T>(1)).a[0];
+}
+
 FLUXKERN_INLINE void store(float* p, Vec v) {
     put(p, v);
 }
