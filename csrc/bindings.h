@@ -25,9 +25,9 @@ using torch::stable::Tensor;
 
 DType dtype_of(const Tensor& x) {
     const ScalarType type = x.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 ||
-                        type == ScalarType::Half,
-                    "x must be float32, bfloat16 or float16, got ", torch::headeronly::toString(type));
+    STD_TORCH_CHECK(
+        type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+        "x must be float32, bfloat16 or float16, got ", torch::headeronly::toString(type));
     if (type == ScalarType::Float) return DType::f32;
     return type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
 }

@@ -62,7 +62,8 @@ void gated_residual_norm_modulate_backward(DType dtype, Tokens dx_new, Tokens dh
             const T *x_row = row_of<T>(x_new, at), *y_row = row_of<T>(y, at);
             const T* gate = row_of<T>(at.txt ? txt_gate : img_gate, at.b);
             const T* scale = row_of<T>(at.txt ? txt_scale : img_scale, at.b);
-            const Out<T> dx_row = out_of<T>(dx, at, streaming), dy_row = out_of<T>(dy, at, streaming);
+            const Out<T> dx_row = out_of<T>(dx, at, streaming);
+            const Out<T> dy_row = out_of<T>(dy, at, streaming);
             float *dscale = dgate + padded(sizes.C), *dshift = dscale + padded(sizes.C);
             NormGradient gradients[R];
             const auto ahead = [&](int r, int64_t i) {

@@ -1,4 +1,4 @@
-// out = 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3); and backward.
+// out = 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3); backward.
 // Parallel: over blocks of 4096 columns of a row.
 // Bytes: forward 2 B L C elements; backward 3 B L C.
 // Accumulation: fp32, rounded once; one power of 2 and one reciprocal an element.

@@ -1,4 +1,4 @@
-// out = silu(z), z = (x - mean) rstd weight + bias, statistics over a group's channels; and backward.
+// out = silu(z), z = (x - mean) rstd weight + bias, statistics over a group's channels; backward.
 // Parallel: planes over groups; channels-last over blocks of pixels.
 // Bytes: forward 2 B C P elements, and x once more for the statistics; backward 3, and x, x, dy.
 // Accumulation: fp32 in blocks, two passes each, merged in fp64; sums in a fixed order.
@@ -211,7 +211,9 @@ struct Tables {  // [B, 2, padded(C)] each
 
 template <class T>
 void reorder(float* table, int64_t C) {  // natural to that of T
-    for (int64_t i = 0; i < padded(C); i += WIDTH) store(table + i, ordered_as(load(table + i), T{}));
+    for (int64_t i = 0; i < padded(C); i += WIDTH) {
+        store(table + i, ordered_as(load(table + i), T{}));
+    }
 }
 
 // body(b, block, first pixel, end)
@@ -355,7 +357,8 @@ void sum_gradients(const Context& context, const Images& dy, const Images& x, co
         float *dz_n = tables.chunks + (b * chunks + chunk) * 2 * C, *dz_sum = dz_n + C;
         __builtin_memset(dz_n, 0, 2 * C * sizeof(float));
         for (; p < end; ++p) {
-            const T *row = row_of<const T>(x, b, p, sizes), *dy_row = row_of<const T>(dy, b, p, sizes);
+            const T* row = row_of<const T>(x, b, p, sizes);
+            const T* dy_row = row_of<const T>(dy, b, p, sizes);
             each_vec<T>(sizes.C, [&](int64_t i, int, auto part) {
                 const Affine here = affine.at(i, part);
                 const Vec v = load(row + i, part), dz = here.dz(load(dy_row + i, part), v);
@@ -385,7 +388,8 @@ void mean_gradients(const void* weight, const ImageSizes& sizes, const Tables& t
         const float* sums = tables.sums + row * C;
         float* means = tables.means + row * C;
         each_vec<T>(sizes.C, [&](int64_t i, int, auto part) {
-            store(weighted.data + i, load(sums + i) * load(static_cast<const T*>(weight) + i, part));
+            const Vec w = load(static_cast<const T*>(weight) + i, part);
+            store(weighted.data + i, load(sums + i) * w);
         });
         for (int64_t g = 0; g < sizes.groups; ++g) {
             const double sum = sum_of_group<T>(weighted.data, g, channels, naturally.data);
@@ -412,7 +416,8 @@ void backward_rows(const Images& dy, const Images& x, const void* weight, const 
         const AffineRow<T> affine(tables, weight, bias, b, sizes.C);
         const float *dn_n = tables.means + 2 * b * C, *dn = dn_n + C;
         for (; p < end; ++p) {
-            const T *row = row_of<const T>(x, b, p, sizes), *dy_row = row_of<const T>(dy, b, p, sizes);
+            const T* row = row_of<const T>(x, b, p, sizes);
+            const T* dy_row = row_of<const T>(dy, b, p, sizes);
             const Out<T> out = {row_of<T>(dx, b, p, sizes), streaming};
             each_vec<T>(sizes.C, [&](int64_t i, int, auto part) {
                 const Vec g = load(dy_row + i, part), v = load(row + i, part);

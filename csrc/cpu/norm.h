@@ -1,4 +1,4 @@
-// LayerNorm of one row: statistics in two passes, and its gradient. A row is given as read(i, part).
+// LayerNorm of one row: statistics in two passes, and its gradient. read(i, part) gives the row.
 #pragma once
 
 #include "rows.h"
@@ -79,7 +79,8 @@ FLUXKERN_INLINE void gradients_of(NormGradient (&out)[R], const T* x, int64_t x_
     });
     for (int r = 0; r < R; ++r) {
         const float rstd = rstd_of(squares[r], C, eps);
-        out[r] = {{mean[r], rstd}, dns[r].total() / float(C), products[r].total() * rstd / float(C)};
+        const float mean_dn = dns[r].total() / float(C);
+        out[r] = {{mean[r], rstd}, mean_dn, products[r].total() * rstd / float(C)};
     }
 }
 

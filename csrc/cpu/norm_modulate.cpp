@@ -58,7 +58,8 @@ void norm_modulate_backward(DType dtype, Tokens dh, Tokens x, Rows txt_scale, Ro
                 const Vec m = load(scale + i, part);
                 Vec scale_sum = load(dscale + i), shift_sum = load(dshift + i);
                 for (int r = 0; r < R; ++r) {
-                    const T *x_now = x_row + r * x.stride_l + i, *dh_now = dh_row + r * dh.stride_l + i;
+                    const T* x_now = x_row + r * x.stride_l + i;
+                    const T* dh_now = dh_row + r * dh.stride_l + i;
                     const Vec n = gradients[r].normed(load(x_now, part)), g = load(dh_now, part);
                     out.store(r * dx.stride_l + i, gradients[r].dx(n, scaled(g, m)), part);
                     scale_sum = scale_sum + g * n;

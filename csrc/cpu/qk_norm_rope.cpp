@@ -1,8 +1,8 @@
-// RMSNorm of q and k over the head dim, pairs (2i, 2i+1) rotated, v copied beside them; and backward.
+// RMSNorm of q and k over the head dim, pairs (2i, 2i+1) rotated, v copied beside them; backward.
 // Parallel: forward over tokens; backward over chunks of tokens of one stream.
 // Bytes: forward 4 B L H D elements, 6 with v; backward 6 B L H D; the table once a token.
 // Accumulation: fp32, rounded once; gradients of the weights summed in a fixed order.
-// Limits: D even; rows that are no multiple of a vector or misaligned are stored through the caches.
+// Limits: D even; heads that are no multiple of a vector or misaligned go through the caches.
 #include "buffer.h"
 #include "rows.h"
 
@@ -94,7 +94,9 @@ FLUXKERN_INLINE void norm_rope(const T* x, const T* weight, const Rotation& rota
 
 template <class T>
 FLUXKERN_INLINE void copy(const T* x, Out<T> out, int64_t D) {
-    each_vec<T>(D, [&](int64_t i, int, auto part) { out.store_rounded(i, load(x + i, part), part); });
+    each_vec<T>(D, [&](int64_t i, int, auto part) {
+        out.store_rounded(i, load(x + i, part), part);
+    });
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// Rows of a stream [B, L, C]: which thread takes which, which vectors a token takes, sums over tokens.
+// Rows of a stream [B, L, C]: which thread takes which, and sums over the tokens of a stream.
 #pragma once
 
 #include "vec.h"
@@ -43,6 +43,7 @@ FLUXKERN_INLINE Place place_of(int64_t row, const Sizes& sizes) {
     return {b, l, l < sizes.txt_len};
 }
 
+// body(first, end) for rows that one thread takes
 template <class Body>
 void each_range(const Context& context, const Sizes& sizes, const Body& body) {
     const int64_t grain = sizes.C > 0 ? GRAIN / sizes.C + 1 : GRAIN;
@@ -51,12 +52,8 @@ void each_range(const Context& context, const Sizes& sizes, const Body& body) {
 
 template <class Body>
 void each_row(const Context& context, const Sizes& sizes, const Body& body) {
-    const int64_t grain = sizes.C > 0 ? GRAIN / sizes.C + 1 : GRAIN;
-    parallel(context, sizes.B * sizes.L, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            const int64_t b = row / sizes.L, l = row % sizes.L;
-            body(Place{b, l, l < sizes.txt_len});
-        }
+    each_range(context, sizes, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) body(place_of(row, sizes));
     });
 }
 

@@ -119,7 +119,8 @@ constexpr Words in_turn(uint32_t first) {
     return v;
 }
 FLUXKERN_INLINE Vec parted(Vec v) {
-    return {__builtin_shuffle(v.a, v.b, every_second(0)), __builtin_shuffle(v.a, v.b, every_second(1))};
+    return {__builtin_shuffle(v.a, v.b, every_second(0)),
+            __builtin_shuffle(v.a, v.b, every_second(1))};
 }
 FLUXKERN_INLINE Vec joined(Vec v) {
     return {__builtin_shuffle(v.a, v.b, in_turn(0)), __builtin_shuffle(v.a, v.b, in_turn(REG / 2))};
