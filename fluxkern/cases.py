@@ -332,7 +332,7 @@ CASES = {
         None,
         "reads the weight, 6 C x C",
         lambda s: 12 * s.batch * s.hidden**2,
-        ("triton",),
+        ("cpu", "triton"),
     ),
     "gelu_tanh": Case(
         _gelu_tanh,
@@ -346,6 +346,6 @@ CASES = {
         lambda s: 2 * s.batch * 4 * s.heads * s.tokens * 7,
         lambda s: 3 * s.batch * 4 * s.heads * s.tokens * 7,
         "reads x, writes the same; backward reads two and writes one",
-        backends=("triton",),
+        backends=("cpu", "triton"),
     ),
 }

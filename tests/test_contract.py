@@ -71,6 +71,7 @@ def function(op: str, backend: str) -> Callable:
 
 
 def make(op: str, backend: str, sizes: Sizes, dtype: str = "fp32") -> dict[str, Any]:
+    function(op, backend)  # before memory is taken on a device that is not there
     return CASES[op].inputs(Maker(sizes, DTYPES[dtype], DEVICES[backend]))
 
 

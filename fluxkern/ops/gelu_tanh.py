@@ -55,6 +55,8 @@ def gelu_tanh(x: Tensor, *, backend: str | None = None) -> Tensor:
     _checks.floating("x", x)
     if x.ndim:
         _checks.last_axis_contiguous("x", x)
+    if x.ndim not in (1, 2, 3):  # what a kernel takes
+        return gelu_tanh(x.reshape(-1, *x.shape[-2:] or (1,)), backend=backend).view(x.shape)
     if _dispatch.needs_gradient(x):
         return _GeluTanh.apply(x, backend)
     return _forward(x, backend)

@@ -8,12 +8,16 @@ from .. import reference
 from . import _checks, _dispatch
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _like_x(x: Tensor) -> Tensor:
     """Without values, channels-last where x is."""
-    out = x.new_empty(x.shape)
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return out
-    return out.contiguous(memory_format=torch.channels_last)
+    if not _is_channels_last(x):
+        return x.new_empty(x.shape)
+    b, c, h, w = x.shape
+    return x.new_empty((b, h, w, c)).permute(0, 3, 1, 2)
 
 
 _forward = _dispatch.define(
@@ -41,8 +45,8 @@ class _GroupNormSilu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x = ctx.saved_tensors[0]
-        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        dy = dy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+        dy = dy.contiguous(memory_format=layout)
         return *_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
@@ -71,7 +75,7 @@ def group_norm_silu(
         Shape and dtype of x.
 
     Raises:
-        ValueError: a shape, dtype or device disagrees; names the argument and both values.
+        ValueError: a shape, dtype, device or layout disagrees; names the argument and both values.
         NotImplementedError: the named backend cannot run this; gives every backend's reason.
 
     Gradients: x, weight, bias.
@@ -79,6 +83,8 @@ def group_norm_silu(
     """
     _checks.shape("x", x, (None, None, None, None), "[B, C, H, W]")
     _checks.floating("x", x)
+    if not (x.is_contiguous() or _is_channels_last(x)):
+        raise ValueError(f"x must be contiguous or channels-last, got strides {x.stride()}")
     for name, vec in (("weight", weight), ("bias", bias)):
         _checks.shape(name, vec, (x.shape[1],), "[C]")
         _checks.like(name, vec, "x", x)

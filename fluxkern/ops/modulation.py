@@ -43,6 +43,7 @@ def modulation(
         raise ValueError(f"vec must be [B, Cin] or [S, B, Cin], got {list(vec.shape)}")
     _checks.shape("weight", weight, (None, vec.shape[-1]), "[chunks * C, Cin]")
     _checks.like("weight", weight, "vec", vec)
+    _checks.last_axis_contiguous("weight", weight)
     if chunks < 1 or weight.shape[0] % chunks:
         raise ValueError(f"chunks must divide the rows of weight, {weight.shape[0]}, got {chunks}")
     if bias is not None:
