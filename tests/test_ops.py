@@ -184,10 +184,11 @@ def truth(name: str, args: dict[str, Any]) -> tuple[np.ndarray, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def assert_accurate(out: Tensor, expected: np.ndarray, limit: float) -> None:
+def assert_accurate(out: Tensor, expected: np.ndarray, limit: float, least: float = 0.0) -> None:
+    """Relative to the result, or to `least` an element where that is more."""
     assert tuple(out.shape) == expected.shape
     error = np.linalg.norm(out.detach().double().numpy() - expected)
-    assert error <= limit * np.linalg.norm(expected)
+    assert error <= limit * max(np.linalg.norm(expected), least * expected.size**0.5)
 
 
 def differentiable(args: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +225,8 @@ def test_op_takes_any_size(name: str, size: str):
     args = make(name, TEST_SIZES[size], torch.float32)
     expected = truth(name, args)
     for out, wanted in zip(call(name, args), expected, strict=True):
-        assert_accurate(out, wanted, LIMITS[torch.float32])
+        # terms of order one may cancel where a result is a single element
+        assert_accurate(out, wanted, LIMITS[torch.float32], least=0.1)
 
 
 @pytest.mark.parametrize("name", CASES)
