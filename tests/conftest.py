@@ -40,16 +40,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {backend}"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before the end is reported
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):
-        cells = sorted(coverage_table.recorded(session.config))
-        session.config.workeroutput["coverage"] = [list(cell) for cell in cells]
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        for name in ("recorded", "promised"):
+            cells = getattr(coverage_table, name)(config)
+            config.workeroutput[name] = [list(cell) for cell in sorted(cells)]
+    elif coverage_table.empty(config) and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    for cell in getattr(node, "workeroutput", {}).get("coverage", ()):
-        coverage_table.record(node.config, *cell)
+    for name in ("recorded", "promised"):
+        for cell in getattr(node, "workeroutput", {}).get(name, ()):
+            getattr(coverage_table, name)(node.config).add(tuple(cell))
 
 
 def _replay(config: pytest.Config) -> str:
@@ -67,6 +73,8 @@ def pytest_terminal_summary(
         terminalreporter.section("coverage: forward | backward, all = every dtype both ways")
         for line in coverage_table.lines(config):
             terminalreporter.write_line(line)
+    for cell in coverage_table.empty(config):
+        terminalreporter.write_line(f"empty cell: {' '.join(cell)}", red=True)
     if exitstatus:  # a quiet run has no header
         terminalreporter.write_line(_replay(config))
 

@@ -4,6 +4,7 @@ import pytest
 
 Cell = tuple[str, str, str, str]  # op, backend, dtype, direction
 _CELLS = pytest.StashKey[set[Cell]]()
+_PROMISED = pytest.StashKey[set[Cell]]()
 
 
 def recorded(config: pytest.Config) -> set[Cell]:
@@ -12,6 +13,14 @@ def recorded(config: pytest.Config) -> set[Cell]:
 
 def record(config: pytest.Config, *cell: str) -> None:
     recorded(config).add(cell)
+
+
+def promised(config: pytest.Config) -> set[Cell]:
+    return config.stash.setdefault(_PROMISED, set())
+
+
+def empty(config: pytest.Config) -> list[Cell]:
+    return sorted(promised(config) - recorded(config))
 
 
 def whole_file_ran(request: pytest.FixtureRequest) -> bool:

@@ -373,6 +373,7 @@ def test_the_suite_gives_pytest_benchmark_the_interleaved_samples(tmp_path: Path
     command += ["--threads", "1", "-k", "gated_residual-fp32-forward- and not joint"]
     done = subprocess.run(
         [sys.executable, *command, "--benchmark-json", str(file)],
+        env={name: v for name, v in os.environ.items() if not name.startswith("PYTEST_XDIST")},
         cwd=ROOT,
         capture_output=True,
         text=True,
