@@ -164,6 +164,21 @@ def test_a_wrong_provider_stops_the_comparison_before_a_clock_starts(
         bench.measure("gated_residual", "odd", "fp32", only=("eager", "wrong"), more=wrong)
 
 
+def test_a_wrong_torch_compile_is_not_timed_and_its_error_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    right = bench.providers
+
+    def with_a_wrong_one(*args: object) -> tuple[dict, dict]:
+        named, skipped = right(*args)
+        return named | {"compile": lambda x, y, gate: x + y}, skipped
+
+    monkeypatch.setattr(bench, "providers", with_a_wrong_one)
+    found = bench.measure("gated_residual", "odd", "fp32", only=("eager", "compile"))
+    assert found.row("compile") is None
+    assert "max error must be" in found.skipped["compile"]
+
+
 @pytest.mark.parametrize(
     "provider, run, found",
     [

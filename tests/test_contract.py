@@ -250,6 +250,30 @@ def test_only_the_asked_for_gradients_are_given_and_none_is_lost(op: str, backen
     assert all(v.grad is None for n, v in leaves(args).items() if n != name)
 
 
+@every_pair
+def test_a_named_backend_is_the_one_that_runs_with_gradients_too(
+    op: str, backend: str, monkeypatch: pytest.MonkeyPatch
+):
+    if op == "qk_norm_rope_":
+        pytest.skip("has no gradient")
+    run, args = function(op, backend), make(op, backend, Sizes())
+    depth, named, real = 0, set(), _dispatch.run
+
+    def spy(name: str, by_name: str | None, *call: object) -> object:
+        nonlocal depth
+        named.update([by_name] if depth == 0 else [])  # a kernel may call other ops
+        depth += 1
+        try:
+            return real(name, by_name, *call)
+        finally:
+            depth -= 1
+
+    out = outputs(run, copied(args))
+    monkeypatch.setattr(_dispatch, "run", spy)
+    gradients(run, args, tuple(torch.randn_like(t.contiguous()) for t in out))
+    assert named == {backend}
+
+
 # torch's own contract
 
 

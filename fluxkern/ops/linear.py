@@ -113,4 +113,4 @@ def linear(
     if not _dispatch.needs_gradient(x, weight, bias):
         return _forward(x, weight, bias, activation, backend)
     out = _Linear.apply(x, weight, bias, backend)
-    return gelu_tanh(out) if activation else out
+    return gelu_tanh(out, backend=backend) if activation else out

@@ -1,17 +1,33 @@
 """The vectors of adaLN: shift, scale and gate from the timestep, guidance and pooled text."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from . import _checks, _dispatch
-from .linear import linear
 
 _forward = _dispatch.define(
     "modulation(Tensor vec, Tensor weight, Tensor? bias, str? backend) -> Tensor",
     reference.modulation,
     lambda vec, weight, *_: vec.new_empty((*vec.shape[:-1], 1, weight.shape[0])),
 )
+
+
+class _Modulation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, vec, weight, bias, backend):
+        ctx.save_for_backward(vec, weight)
+        return _forward(vec, weight, bias, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        vec, weight = ctx.saved_tensors
+        rows, x = dout.flatten(0, -2), vec.flatten(0, -2)  # [S B, chunks C], [S B, Cin]
+        dvec = torch.ops.aten.silu_backward(rows @ weight, x).view_as(vec)
+        return dvec, rows.mT @ F.silu(x), rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 def modulation(
@@ -50,7 +66,7 @@ def modulation(
         _checks.shape("bias", bias, (weight.shape[0],), "[chunks * C]")
         _checks.like("bias", bias, "vec", vec)
     if _dispatch.needs_gradient(vec, weight, bias):
-        out = linear(F.silu(vec), weight, bias).unsqueeze(-2)
+        out = _Modulation.apply(vec, weight, bias, backend)
     else:
         out = _forward(vec, weight, bias, backend)
     return out.chunk(chunks, -1)
