@@ -38,8 +38,9 @@ def unsupported(name: str, *args: object) -> str | None:
 @triton.jit
 def slope_of_gate(x):
     """-> (s, ds / dx) of s = sigmoid(2 u)"""
-    s = tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
-    slope = s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    u2 = 1.5957691216057308 * x * (1 + 0.044715 * x * x)
+    s = tl.sigmoid(u2)  # sigmoid(-u2) is 1 - s without its cancellation
+    slope = s * tl.sigmoid(-u2) * 1.5957691216057308 * (1 + 0.134145 * x * x)
     return s, tl.where(tl.abs(x) < 16, slope, 0.0)  # x * x may overflow where s is 0 or 1
 
 
