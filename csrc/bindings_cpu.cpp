@@ -46,6 +46,7 @@ void run(const torch::stable::Tensor&, const Launch& launch) {
 #include "bindings_gelu_tanh.h"
 #include "bindings_group_norm.h"
 #include "bindings_heads.h"
+#include "bindings_attention.h"
 #include "bindings_modulation.h"
 
 namespace fluxkern::bindings {
@@ -82,6 +83,7 @@ STABLE_TORCH_LIBRARY(fluxkern_cpu, library) {
     using namespace fluxkern::bindings;
     define_ops(library);
     define_ops(library, HEAD_OPS);
+    define_ops(library, ATTENTION_OPS);
     define_ops(library, GELU_OPS);
     define_ops(library, GROUP_NORM_OPS);
     define_ops(library, MODULATION_OPS);
@@ -94,6 +96,7 @@ STABLE_TORCH_LIBRARY_IMPL(fluxkern_cpu, CPU, library) {
     using namespace fluxkern::bindings;
     implement_ops(library);
     implement_ops(library, HEAD_OPS);
+    implement_ops(library, ATTENTION_OPS);
     implement_ops(library, GELU_OPS);
     implement_ops(library, GROUP_NORM_OPS);
     implement_ops(library, MODULATION_OPS);

@@ -19,7 +19,6 @@ struct HeadCall {
 
     static HeadSizes sizes_of(const Tensor& q, int64_t txt_len, int64_t img_len) {
         STD_TORCH_CHECK(q.dim() == 4, "q must be [B, L, H, D], got ", q.dim(), " axes");
-        STD_TORCH_CHECK(q.size(3) % 2 == 0, "D must be even, got ", q.size(3));
         STD_TORCH_CHECK(txt_len >= 0 && img_len >= 0, "txt_len must be between 0 and L, got ",
                         txt_len);
         return {q.size(0), txt_len + img_len, q.size(2), q.size(3), txt_len};
@@ -51,6 +50,7 @@ struct HeadCall {
     }
 
     Angles angles(const char* name, const Tensor& t) const {
+        STD_TORCH_CHECK(sizes.D % 2 == 0, "D must be even, got ", sizes.D);
         STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == sizes.L && t.size(1) == sizes.D / 2, name,
                         " must be [L, D / 2] = [", sizes.L, ", ", sizes.D / 2, "]");
         STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");

@@ -19,4 +19,8 @@ struct HeadSizes {
     int64_t B, L, H, D, txt_len;  // L tokens of both streams, the first txt_len of them text
 };
 
+struct AttentionSizes {
+    int64_t B, L, M, H, D;  // L queries, M keys
+};
+
 }  // namespace fluxkern

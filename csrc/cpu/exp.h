@@ -6,9 +6,8 @@
 namespace fluxkern::cpu::FLUXKERN_ISA {
 namespace {
 
-// The larger, the smaller; a NaN in v stays one.
-FLUXKERN_INLINE Reg at_least(float low, Reg v) {
-    const Reg least = low - Reg{};
+// The larger, the smaller; a NaN in the last argument stays one.
+FLUXKERN_INLINE Reg larger(Reg least, Reg v) {
 #if defined(__AVX512F__)
     return bit_cast<Reg>(_mm512_maskz_max_ps(0xffff, bit_cast<__m512>(least), bit_cast<__m512>(v)));
 #elif defined(__AVX2__)
@@ -17,8 +16,7 @@ FLUXKERN_INLINE Reg at_least(float low, Reg v) {
     return v < least ? least : v;
 #endif
 }
-FLUXKERN_INLINE Reg at_most(float high, Reg v) {
-    const Reg most = high - Reg{};
+FLUXKERN_INLINE Reg smaller(Reg most, Reg v) {
 #if defined(__AVX512F__)
     return bit_cast<Reg>(_mm512_maskz_min_ps(0xffff, bit_cast<__m512>(most), bit_cast<__m512>(v)));
 #elif defined(__AVX2__)
@@ -26,6 +24,15 @@ FLUXKERN_INLINE Reg at_most(float high, Reg v) {
 #else
     return v > most ? most : v;
 #endif
+}
+FLUXKERN_INLINE Vec larger(Vec least, Vec v) {
+    return {larger(least.a, v.a), larger(least.b, v.b)};
+}
+FLUXKERN_INLINE Reg at_least(float low, Reg v) {
+    return larger(low - Reg{}, v);
+}
+FLUXKERN_INLINE Reg at_most(float high, Reg v) {
+    return smaller(high - Reg{}, v);
 }
 FLUXKERN_INLINE Vec at_least(float low, Vec v) {
     return {at_least(low, v.a), at_least(low, v.b)};

@@ -81,6 +81,9 @@ FLUXKERN_KERNEL(qk_norm_rope_backward, DType, Heads dq_out, Heads dk_out, Heads 
                 Angles cos, Angles sin, Heads txt_dq, Heads txt_dk, Heads img_dq, Heads img_dk,
                 void* txt_dq_weight, void* txt_dk_weight, void* img_dq_weight,
                 void* img_dk_weight, const HeadSizes&, float eps, float* scratch, const Context&)
+FLUXKERN_KERNEL(attention, DType, Heads q, Heads k, Heads v, const void* q_weight,
+                const void* k_weight, Angles cos, Angles sin, Heads out, float* lse,
+                const AttentionSizes&, float eps, const Context&)
 FLUXKERN_KERNEL(gelu_tanh, DType, Tokens x, Tokens out, const Sizes&, const Context&)
 FLUXKERN_KERNEL(gelu_tanh_backward, DType, Tokens dy, Tokens x, Tokens dx, const Sizes&,
                 const Context&)

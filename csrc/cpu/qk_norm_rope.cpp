@@ -4,90 +4,17 @@
 // Accumulation: fp32, rounded once; gradients of the weights summed in a fixed order.
 // Limits: D even; heads that are no multiple of a vector or misaligned go through the caches.
 #include "buffer.h"
+#include "rotation.h"
 #include "rows.h"
 
 namespace fluxkern::cpu::FLUXKERN_ISA {
 namespace {
 
 template <class T>
-FLUXKERN_INLINE Vec pairs_of(Vec v, T) {  // a: the even elements, b: the odd ones
-    return parted(v);
-}
-FLUXKERN_INLINE Vec pairs_of(Vec v, bf16) {
-    return v;
-}
-template <class T>
-FLUXKERN_INLINE Vec vec_of(Vec pairs, T) {
-    return joined(pairs);
-}
-FLUXKERN_INLINE Vec vec_of(Vec pairs, bf16) {
-    return pairs;
-}
-
-FLUXKERN_INLINE Reg half(const float* p) {  // of a table [padded(D) / 2]
-    Reg v;
-    get(p, v);
-    return v;
-}
-
-// The cosines and sines of one token.
-struct Rotation {
-    const float *cos, *sin;
-
-    FLUXKERN_INLINE Vec forward(Vec x, int64_t i) const {
-        const Reg c = half(cos + i / 2), s = half(sin + i / 2);
-        return {c * x.a - s * x.b, s * x.a + c * x.b};
-    }
-    FLUXKERN_INLINE Vec back(Vec x, int64_t i) const {
-        const Reg c = half(cos + i / 2), s = half(sin + i / 2);
-        return {c * x.a + s * x.b, c * x.b - s * x.a};
-    }
-};
-
-FLUXKERN_INLINE float plain(float v) {  // without the low bits of a NaN, as rounding to bf16 asks
-    return v == v ? v : __builtin_nanf("");
-}
-
-// Scratch of one thread: a rotation and one head.
-struct Scratch {
-    const Buffer cos, sin, head;
-
-    explicit Scratch(int64_t D) : cos(D), sin(D), head(D) {
-        for (int64_t i = 0; i < padded(D); ++i) cos.data[i] = sin.data[i] = 0;  // behind D / 2 too
-    }
-
-    Rotation rotation(const Angles& cosines, const Angles& sines, int64_t l, int64_t D) const {
-        for (int64_t i = 0; i < D / 2; ++i) {
-            cos.data[i] = plain(cosines.data[l * cosines.stride_l + i * cosines.stride_d]);
-            sin.data[i] = plain(sines.data[l * sines.stride_l + i * sines.stride_d]);
-        }
-        return {cos.data, sin.data};
-    }
-};
-
-template <class T>
-T* head_of(const Heads& x, int64_t b, int64_t l, int64_t h) {
-    return static_cast<T*>(x.data) + b * x.stride_b + l * x.stride_l + h * x.stride_h;
-}
-
-template <class T>
-FLUXKERN_INLINE float rstd_of(const T* x, int64_t D, float eps) {
-    Sum squares;
-    each_vec<T>(D, [&](int64_t i, int lane, auto part) {
-        const Vec v = load(x + i, part);
-        squares.add(lane, v * v);
-    });
-    return 1 / __builtin_sqrtf(squares.total() / float(D) + eps);
-}
-
-template <class T>
 FLUXKERN_INLINE void norm_rope(const T* x, const T* weight, const Rotation& rotation, Out<T> out,
                                int64_t D, float eps, const T* next) {
-    const float rstd = rstd_of(x, D, eps);
-    each_vec<T>(D, [&](int64_t i, int, auto part) {
-        const Vec n = load(x + i, part) * rstd * load(weight + i, part);
-        const Vec turned = rotation.forward(pairs_of(n, T{}), i);
-        out.store(i, vec_of(turned, T{}), part);
+    turned(x, weight, rotation, D, eps, [&](int64_t i, Vec pairs, auto part) {
+        out.store(i, vec_of(pairs, T{}), part);
         prefetch(next + i);
     });
 }
@@ -120,10 +47,10 @@ void qk_norm_rope(DType dtype, Heads txt_q, Heads txt_k, Heads txt_v, Heads img_
                                streams_heads<T>(sizes, sizes.txt_len ? txt_k : img_k, k);
         const bool streaming_v = streams_heads<T>(sizes, {}, v);
         each_range(context, tokens, [&](int64_t begin, int64_t end) {
-            const Scratch scratch(sizes.D);
+            const Buffer table(sizes.D);
             for (int64_t row = begin; row < end; ++row) {
                 const Place at = place_of(row, tokens);
-                const Rotation rotation = scratch.rotation(cos, sin, at.l, sizes.D);
+                const Rotation rotation = rotation_of(cos, sin, at.l, sizes.D, table.data);
                 const int64_t l = at.txt ? at.l : at.l - sizes.txt_len;
                 const auto rotate = [&](const Heads& in, const void* weight, const Heads& out) {
                     for (int64_t h = 0; h < sizes.H; ++h) {
@@ -208,10 +135,10 @@ void qk_norm_rope_backward(DType dtype, Heads dq_out, Heads dk_out, Heads txt_q,
         const bool streaming_txt = streams_both(txt_dq, txt_dk);
         const bool streaming_img = streams_both(img_dq, img_dk);
         const auto backward = [&](const Chunk& chunk, float* sums) {
-            const Scratch own(sizes.D);
+            const Buffer table(sizes.D), head(sizes.D);
             const auto [b, first, txt] = chunk.first;
             for (int64_t at = first; at < chunk.end; ++at) {
-                const Rotation rotation = own.rotation(cos, sin, at, sizes.D);
+                const Rotation rotation = rotation_of(cos, sin, at, sizes.D, table.data);
                 const int64_t l = txt ? at : at - sizes.txt_len;
                 const auto rotate_back = [&](const Heads& dy, const Heads& x, const void* weight,
                                              const Heads& dx, float* dweight) {
@@ -221,7 +148,7 @@ void qk_norm_rope_backward(DType dtype, Heads dq_out, Heads dk_out, Heads txt_q,
                         const Out<T> out = {head_of<T>(dx, b, l, h),
                                             txt ? streaming_txt : streaming_img};
                         norm_rope_backward(dy_head, x_head, static_cast<const T*>(weight),
-                                           rotation, own.head.data, out, dweight, sizes.D, eps,
+                                           rotation, head.data, out, dweight, sizes.D, eps,
                                            dy_head + dy.stride_l, x_head + x.stride_l);
                     }
                 };

@@ -31,15 +31,6 @@ _backward = _dispatch.define(
 )
 
 
-def flash_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """torch's flash attention: out [B, L, H, D] and lse [B, L, H], contiguous."""
-    if not q.numel():
-        return _out_and_lse(q)
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
-    return out.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
-
-
 def _backward_on_cpu(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,8 +44,6 @@ def _backward_on_cpu(
     return tuple(t.transpose(1, 2).contiguous() for t in backward(*heads_first, 0.0, False))
 
 
-_dispatch.register("attention", _dispatch.on_cpu(lambda q, k, v: flash_on_cpu(q, k, v)[0]))
-_dispatch.register("attention_lse", _dispatch.on_cpu(flash_on_cpu))
 _dispatch.register("attention_backward", _dispatch.on_cpu(_backward_on_cpu))
 
 

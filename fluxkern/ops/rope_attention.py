@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _checks, _dispatch
-from .attention import attention, flash_on_cpu
+from .attention import attention
 from .qk_norm_rope import qk_norm_rope
 
 _forward = _dispatch.define(
@@ -13,14 +13,6 @@ _forward = _dispatch.define(
     reference.rope_attention,
     lambda q, *_: q.new_empty(q.shape),
 )
-
-
-def _on_cpu(q: Tensor, k: Tensor, v: Tensor, *norm_and_rotation: object) -> Tensor:
-    q, k = _dispatch.run("qk_norm_rope", None, q, k, *norm_and_rotation)
-    return flash_on_cpu(q, k, v)[0]
-
-
-_dispatch.register("rope_attention", _dispatch.on_cpu(_on_cpu))
 
 
 def rope_attention(
