@@ -67,4 +67,4 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().contiguous().view(torch.uint8)
+    return x.detach().flatten().view(torch.uint8)
