@@ -101,7 +101,7 @@ def shared_core() -> Iterator[None]:
 def test_samples_of_a_shared_core_are_called_disturbed(
     shared_core: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(bench, "PATIENCE", 0.0)
+    monkeypatch.setattr(bench.timers, "PATIENCE", 0.0)
     samples, note = bench.cpu_times({"busy": busy}, 7, lambda: None)
     assert len(samples["busy"]) == bench.MIN_ROUNDS
     assert "DISTURBED" in note
@@ -158,7 +158,7 @@ def test_a_wrong_result_is_refused(provider: str, fault: str):
 def test_a_wrong_provider_stops_the_comparison_before_a_clock_starts(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(bench, "times", lambda *_: pytest.fail("a wrong result was timed"))
+    monkeypatch.setattr(bench.compare, "times", lambda *_: pytest.fail("a wrong result was timed"))
     wrong = {"wrong": lambda x, y, gate: x + y}
     with pytest.raises(WrongResult, match="result 0 of gated_residual by wrong: max error"):
         bench.measure("gated_residual", "odd", "fp32", only=("eager", "wrong"), more=wrong)
@@ -167,13 +167,13 @@ def test_a_wrong_provider_stops_the_comparison_before_a_clock_starts(
 def test_a_wrong_torch_compile_is_not_timed_and_its_error_is_given(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    right = bench.providers
+    right = bench.compare.providers
 
     def with_a_wrong_one(*args: object) -> tuple[dict, dict]:
         named, skipped = right(*args)
         return named | {"compile": lambda x, y, gate: x + y}, skipped
 
-    monkeypatch.setattr(bench, "providers", with_a_wrong_one)
+    monkeypatch.setattr(bench.compare, "providers", with_a_wrong_one)
     found = bench.measure("gated_residual", "odd", "fp32", only=("eager", "compile"))
     assert found.row("compile") is None
     assert "max error must be" in found.skipped["compile"]
@@ -229,7 +229,7 @@ def test_a_kernel_alone_is_a_row_of_its_own_and_gives_the_bits_of_the_op():
 def test_a_kernel_alone_that_does_not_give_the_bits_of_the_op_is_refused(
     wrong: Callable, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(bench, "private_op", lambda op, backend: wrong)
+    monkeypatch.setattr(bench.compare, "private_op", lambda op, backend: wrong)
     with pytest.raises(WrongResult, match="reference kernel alone"):
         bench.kernels_alone("norm_modulate", args_of("norm_modulate"), {"reference": None})
 
@@ -324,8 +324,10 @@ def test_rows_are_shown_and_kept(compared: bench.Comparison, tmp_path: Path):
     assert all(row.provider in line for row, line in zip(compared.rows, text[2:], strict=True))
     bench.write_json(tmp_path / "new" / "rows.json", [row.as_dict() for row in compared.rows])
     kept = json.loads((tmp_path / "new" / "rows.json").read_text())
-    assert kept[1]["median"] == compared.row("eager").median
-    assert kept[1]["seconds"] == compared.row("eager").seconds
+    eager = compared.row("eager")
+    assert kept[1]["median"] == pytest.approx(eager.median, rel=1e-3)
+    assert kept[1]["iqr"] == pytest.approx(bench.spread(eager.seconds), rel=1e-3)
+    assert kept[1]["rounds"] == len(eager.seconds)
 
 
 def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path: Path):

@@ -1,0 +1,349 @@
+"""Providers of one op side by side: right or refused, then how fast and how far from a copy."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+from .. import ops
+from ..cases import CASES, SHAPES, TEST_SIZES, Case, Maker, Sizes
+from ..testing import (
+    assert_accurate,
+    copied,
+    errors,
+    gradients,
+    in_schema_order,
+    leaves,
+    meaning,
+    outputs,
+    widened,
+)
+from .timers import (
+    ROUNDS,
+    Calls,
+    best,
+    copies,
+    matrix_rate,
+    ratio,
+    rounded,
+    side_stream,
+    summary,
+    times,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DIRECTIONS = ("forward", "backward", "forward + backward")
+BASELINES = ("eager", "compile")
+
+
+class WrongResult(AssertionError):
+    """A provider is not timed: its result is wrong, or another backend gave it."""
+
+
+# providers
+
+
+def reasons(op: str, args: dict[str, Any]) -> dict[str, str | None]:
+    """Each backend of the Case: None, or why it cannot run these arguments here."""
+    (choice,) = ops.explain(op, *in_schema_order(op, args, "")[:-1])
+    return {name: choice.reasons[name] for name in CASES[op].backends}
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+@contextmanager
+def watched() -> Iterator[dict[tuple[str, str], float]]:
+    """Seconds of the ops that are called inside, by name and by the backend that ran them.
+
+    What a kernel calls for a part of its work is its own affair.
+    """
+    ran: dict[tuple[str, str], float] = defaultdict(float)
+    registry, running = ops._dispatch._registry, []
+
+    def recording(name: str, backend: ops.Backend) -> ops.Backend:
+        def run(*args: object) -> object:
+            running.append(name)
+            start = time.perf_counter()
+            try:
+                return backend.run(*args)
+            finally:
+                seconds = time.perf_counter() - start
+                running.pop()
+                if not running:
+                    ran[name, backend.name] += seconds
+
+        return replace(backend, run=run)
+
+    ops.explain()  # finds all backends
+    before = {name: dict(found) for name, found in registry.items()}
+    for name, found in before.items():
+        registry[name] = {
+            n: b if isinstance(b, str) else recording(name, b) for n, b in found.items()
+        }
+    try:
+        yield ran
+    finally:
+        registry.update(before)
+
+
+def private_op(op: str, backend: str) -> Callable | None:
+    """The compiled kernel behind a backend, which takes its outputs as the last arguments."""
+    library = getattr(torch.ops, f"fluxkern_{backend.replace('-', '_')}")
+    packet = getattr(library, op, None)
+    return packet.default if packet is not None else None
+
+
+def kernels_alone(op: str, args: dict[str, Any], backends: Calls) -> Calls:
+    """The forward without Python, checks and allocation: what is held against a copy on a CPU.
+
+    After its caches are emptied a CPU reads the interpreter anew too, some 0.1 ms a call.
+    """
+    found: Calls = {}
+    for name in backends:
+        kernel = None if name in BASELINES else private_op(op, name)
+        if kernel is not None:
+            expected, out = (outputs(getattr(ops, op), args, backend=name) for _ in range(2))
+            found[f"{name} kernel"] = partial(kernel, *in_schema_order(op, args, name)[:-1], *out)
+            for tensor in out:
+                tensor.fill_(float("nan"))
+            found[f"{name} kernel"]()
+            if not all(torch.equal(o, e) for o, e in zip(out, expected, strict=True)):
+                raise WrongResult(f"{op} by the {name} kernel alone: not what the op gives")
+    return found
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a right result is for one set of arguments: fp64, and the reference's own result."""
+
+    exact: tuple[Tensor, ...]
+    own: tuple[Tensor, ...]
+    compute: Callable[[Callable, dict[str, Any]], tuple[Tensor, ...]]
+    has_gradients: bool
+
+    @staticmethod
+    def of(op: str, args: dict[str, Any], dout: tuple[Tensor, ...] | None) -> "Truth":
+        """With gradients where `dout` is given."""
+
+        def compute(run: Callable, args: dict[str, Any]) -> tuple[Tensor, ...]:
+            args = copied(args) if op.endswith("_") else args  # written over
+            return outputs(run, args) if dout is None else gradients(run, args, dout)
+
+        plain = meaning(op)
+        own = compute(plain, args)
+        return Truth(compute(plain, widened(args)), own, compute, dout is not None)
+
+
+def checked(out: Tensor, truth: Tensor, own: Tensor, what: str) -> float:
+    """The largest error of a result that obeys the 2x rule."""
+    try:
+        assert_accurate(out, truth, own, what)
+    except AssertionError as error:
+        raise WrongResult(str(error)) from None
+    return errors(out, truth, own)["max"] if out.numel() else 0.0
+
+
+def verify(op: str, provider: str, run: Callable, args: dict[str, Any], *truths: Truth) -> float:
+    """Holds a provider to fp64 and to its name.
+
+    Args:
+        op: name of the public op.
+        provider: "eager", "compile" or the backend that has to run.
+        run: called with `args` by name.
+        truths: of the forward, of the gradients or of both.
+
+    Returns:
+        The largest error of all results.
+
+    Raises:
+        WrongResult: a result breaks the 2x rule, or another backend ran.
+    """
+    worst = 0.0
+    for truth in truths:
+        with watched() as ran:
+            found = truth.compute(run, args)
+        for i, results in enumerate(zip(found, truth.exact, truth.own, strict=True)):
+            error = checked(*results, f"result {i} of {op} by {provider}")
+            worst = max(worst, error)
+        if not by_the_named_backend(op, provider, ran, truth.has_gradients):
+            said = ", ".join(f"{o} on {backend}" for o, backend in sorted(ran)) or "none of ours"
+            raise WrongResult(f"{op} by {provider}: {said} ran")
+    return worst
+
+
+def by_the_named_backend(
+    op: str, provider: str, ran: Collection[tuple[str, str]], with_gradients: bool
+) -> bool:
+    if provider in BASELINES:
+        return not ran
+    backward_ran = any(name.endswith("_backward") for name, _ in ran)
+    has_backward = with_gradients and CASES[op].moved_backward is not None
+    return {backend for _, backend in ran} == {provider} and backward_ran == has_backward
+
+
+def in_direction(
+    run: Callable, args: dict[str, Any], direction: str, dout: tuple[Tensor, ...]
+) -> Callable[[], object]:
+    """A call without arguments, of which everything that is no part of `direction` is done."""
+    if direction == "forward":
+        return lambda: run(**args)
+    args = args | {n: v.detach().requires_grad_() for n, v in leaves(args).items()}
+    wanted = list(leaves(args).values())
+    if direction == "forward + backward":
+        return lambda: torch.autograd.grad(outputs(run, args), wanted, dout)
+    out = outputs(run, args)
+    return lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True)
+
+
+# rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider in one comparison; `seconds` holds a sample a round."""
+
+    op: str
+    direction: str
+    shape: str
+    dtype: str
+    device: str
+    provider: str
+    timer: str
+    bytes: int
+    flops: int
+    max_error: float | None
+    seconds: list[float]
+    share: float  # of the ceiling
+    times: dict[str, float]  # baseline -> how many times faster than it, round by round
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is kept of it: the statistics of the samples, all figures to four digits."""
+        about = asdict(self)
+        return rounded(about | summary(about.pop("seconds")))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    rows: list[Row]
+    verified: dict[str, float]  # provider -> largest error
+    skipped: dict[str, str]  # provider -> why it did not run
+
+    def row(self, provider: str) -> Row | None:
+        return next((row for row in self.rows if row.provider == provider), None)
+
+
+def unavoidable(case: Case, sizes: Sizes, dtype: torch.dtype, direction: str) -> tuple[int, int]:
+    """Bytes and FLOPs; a backward of matrix products takes twice those of the forward."""
+    moved = case.moved(sizes) if direction != "backward" else 0
+    passes = int(direction != "backward")
+    if direction != "forward":
+        moved += case.moved_backward(sizes)
+        passes += 2
+    return moved * dtype.itemsize, passes * case.flops(sizes)
+
+
+def providers(op: str, args: dict[str, Any]) -> tuple[dict[str, Callable], dict[str, str]]:
+    """What can be timed here, and why the rest cannot."""
+    plain = meaning(op)
+    compiled = torch.compile(plain, fullgraph=True, dynamic=False)
+    found: dict[str, Callable] = {"eager": plain, "compile": compiled}
+    why = reasons(op, args)
+    for name, reason in why.items():
+        if reason is None:
+            found[name] = partial(getattr(ops, op), backend=name)
+    return found, {name: reason for name, reason in why.items() if reason is not None}
+
+
+def verified(
+    op: str, args: dict[str, Any], direction: str, named: dict[str, Callable]
+) -> tuple[Calls, dict[str, float], dict[str, str]]:
+    """Calls of the providers that are right, their errors, and why torch.compile is not timed."""
+    forward = Truth.of(op, args, None)
+    dout = tuple(torch.randn_like(t) for t in forward.own)
+    truths = [forward] if direction == "forward" else [forward, Truth.of(op, args, dout)]
+    calls, error, skipped = {}, {}, {}
+    for name, run in named.items():
+        try:
+            error[name] = verify(op, name, run, args, *truths)
+            calls[name] = in_direction(run, args, direction, dout)
+        except Exception as failure:  # of torch.compile alone also a wrong result
+            if name != "compile":
+                raise
+            skipped[name] = first_line(failure)
+    return calls, error, skipped
+
+
+def measure(
+    op: str,
+    shape: str,
+    dtype: str,
+    direction: str = "forward",
+    device: str = "cpu",
+    rounds: int = ROUNDS,
+    only: tuple[str, ...] | None = None,
+    more: dict[str, Callable] | None = None,
+) -> Comparison:
+    """Times every provider of one op, and copies of as many bytes, in turn.
+
+    Args:
+        op: a name of `CASES`.
+        shape: a name of `SHAPES` or `TEST_SIZES`.
+        dtype: "fp32", "bf16" or "fp16".
+        direction: one of `DIRECTIONS`.
+        device: "cpu" or "cuda".
+        rounds: samples of each; 0 verifies and times nothing.
+        only: names of providers; None takes all.
+        more: further providers, functions with the signature of the public op, by name.
+
+    Returns:
+        The rows, that of the fastest copy first, and why other providers are not among them.
+
+    Raises:
+        WrongResult: a provider's result is wrong or its backend did not run.
+        ValueError: the op has no backward of ours.
+    """
+    case, sizes = CASES[op], (SHAPES | TEST_SIZES)[shape]
+    if direction != "forward" and case.moved_backward is None:
+        raise ValueError(f"{op} has no backward of ours, so no {direction}")
+    args = case.inputs(Maker(sizes, DTYPES[dtype], device))
+    size, flops = unavoidable(case, sizes, DTYPES[dtype], direction)
+    # a backward alone runs again and again, which compiled code forbids unless it is told before
+    with side_stream(device), torch._functorch.config.patch(donated_buffer=False):
+        torch._dynamo.reset()
+        found, skipped = providers(op, args)
+        named = {n: run for n, run in (found | (more or {})).items() if only is None or n in only}
+        calls, error, without = verified(op, args, direction, named)
+        if not rounds:
+            return Comparison([], error, skipped | without)
+        if device == "cpu" and direction == "forward" and not op.endswith("_"):
+            calls |= kernels_alone(op, args, calls)
+        copy = copies(size, device)
+        samples, timer = times(copy | calls, device, rounds)
+    ceiling = samples[best({name: samples[name] for name in copy})]
+    floor = flops / matrix_rate(device, DTYPES[dtype]) if flops else 0.0
+    limit = [max(seconds, floor) for seconds in ceiling]
+    rows = [
+        Row(
+            *(op, direction, shape, dtype, device, name, timer, size, flops),
+            max_error=error.get(name),
+            seconds=seconds,
+            share=ratio(limit, seconds),
+            times={b: ratio(samples[b], seconds) for b in BASELINES if b in samples},
+        )
+        for name, seconds in ({"copy": ceiling} | {n: samples[n] for n in calls}).items()
+    ]
+    return Comparison(rows, error, skipped | without)
