@@ -347,6 +347,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     return gelu_tanh(out) if activation == "gelu_tanh" else out
 
 
+def linear_(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    add: bool = False,
+) -> None:
+    y = linear(x, weight, bias, activation)
+    out.add_(y) if add else out.copy_(y)
+
+
 def modulation(vec: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(F.silu(vec), weight, bias).unsqueeze(-2)  # [..., B, 1, chunks * C]
 

@@ -680,6 +680,86 @@ def test_linear_with_activation_is_gelu_tanh_of_the_linear():
     torch.testing.assert_close(ops.linear(x, weight, bias, activation="gelu_tanh"), expected)
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_linear_into_rows_of_a_longer_tensor_has_the_bits_of_a_new_one(
+    dtype: torch.dtype, activation: str | None, batch: int, backend: str | None
+):
+    joint = torch.full((batch, 9, 8), 7.0, dtype=dtype)
+    x, bias = normal(batch, 9, 6, dtype=dtype), normal(8, dtype=dtype)
+    weight = normal(8, 11, dtype=dtype)[:, 3:9]  # columns of a longer weight
+    rows, more = slice(2, 7), {"activation": activation, "backend": backend}
+    out = ops.linear(x[:, rows], weight, bias, out=joint[:, rows], **more)
+    assert out.data_ptr() == joint[:, rows].data_ptr()
+    assert torch.equal(out, ops.linear(x[:, rows], weight, bias, **more))
+    assert (joint[:, :2] == 7).all() and (joint[:, 7:] == 7).all()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_two_products_added_are_the_product_of_the_joined_rows(
+    dtype: torch.dtype, backend: str | None
+):
+    x, weight, bias = (
+        normal(2, 3, 7, dtype=dtype),
+        normal(5, 7, dtype=dtype),
+        normal(5, dtype=dtype),
+    )
+    out = torch.full((2, 3, 5), float("nan"), dtype=dtype)
+    ops.linear(x[..., :4], weight[:, :4], bias, out=out, backend=backend)
+    ops.linear(x[..., 4:], weight[:, 4:], out=out, add=True, backend=backend)
+    truth = true_linear(*(t.double().numpy() for t in (x, weight, bias)), None)
+    assert_accurate(out, truth, LIMITS[dtype])
+
+
+@pytest.mark.parametrize(
+    "changed, expected",
+    [
+        ({"out": (2, 3, 4)}, r"out must be [..., Cout] = [2, 3, 5], got [2, 3, 4]"),
+        ({"bias": (5,), "add": True}, "add must come with out and without bias and activation"),
+        ({"out": None, "add": True}, "add must come with out and without bias and activation"),
+        ({"activation": "gelu_tanh", "add": True}, "add must come with out and without"),
+    ],
+)
+def test_linear_refuses_an_out_that_does_not_fit(changed: dict[str, Any], expected: str):
+    given = {"x": (2, 3, 7), "weight": (5, 7), "out": (2, 3, 5)} | changed
+    args = {k: torch.zeros(v) if isinstance(v, tuple) else v for k, v in given.items()}
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        ops.linear(**args)
+
+
+@pytest.mark.parametrize("argument", ["x", "weight", "bias"])
+def test_linear_into_out_refuses_an_input_that_needs_a_gradient(argument: str):
+    args = {name: torch.ones(s) for name, s in (("x", (2, 3, 7)), ("weight", (5, 7)), ("bias", 5))}
+    out = torch.zeros(2, 3, 5)
+    args[argument].requires_grad_()
+    with pytest.raises(ValueError, match="out must be None where a tensor needs a gradient"):
+        ops.linear(**args, out=out)
+    assert not out.any()
+    with torch.no_grad():
+        assert (ops.linear(**args, out=out) == 8).all()
+
+
+def test_linear_into_out_obeys_torchs_contract_and_compiles():
+    x, weight, bias = torch.randn(2, 9, 6), torch.randn(8, 6), torch.randn(8)
+    for activation, add in ((None, False), ("gelu_tanh", False), (None, True)):
+        args = (x, weight, None if add else bias, activation, add, None)
+        torch.library.opcheck(torch.ops.fluxkern.linear_.default, (torch.zeros(2, 9, 8), *args))
+
+    def run(x: Tensor) -> Tensor:
+        out = x.new_empty((2, 9, 8))
+        ops.linear(x[:, :4], weight, bias, activation="gelu_tanh", out=out[:, :4])
+        ops.linear(x[:, 4:], weight, bias, out=out[:, 4:])
+        ops.linear(x, weight, out=out, add=True)
+        return out
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), run(x))
+
+
 @pytest.mark.parametrize("lead", [(2,), (4, 2)], ids=["one vector", "a schedule"])
 @pytest.mark.parametrize("chunks", [2, 3, 6])
 def test_modulation_returns_views_of_one_tensor(chunks: int, lead: tuple[int, ...]):

@@ -12,7 +12,15 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from fluxkern.checkpoint import flux_to_diffusers
-from fluxkern.model.transformer import CONFIGS, Flux, FluxConfig, rope_tables
+from fluxkern.model.transformer import (
+    CONFIGS,
+    DoubleStreamBlock,
+    Flux,
+    FluxConfig,
+    SingleStreamBlock,
+    Stream,
+    rope_tables,
+)
 
 TINY = FluxConfig(
     in_channels=12,
@@ -185,14 +193,31 @@ def block_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return img, txt, vec, *rope_tables(ids, TINY.axes_dim, TINY.theta)
 
 
+def run_double(
+    block: DoubleStreamBlock, img: Tensor, txt: Tensor, vec: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    stream = Stream(torch.cat((txt, img), 1), txt.shape[1])
+    block(stream, block.txt_mod(vec), block.img_mod(vec), cos, sin)
+    txt, img = stream.split(stream.sum())
+    return img, txt
+
+
+def run_single(
+    block: SingleStreamBlock, x: Tensor, vec: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    stream = Stream(x, 5)
+    block(stream, block.modulation(vec), cos, sin)
+    return stream.sum()
+
+
 @torch.no_grad()
 def test_each_stream_reaches_the_other_in_one_double_block():
     block = random_flux(SMALLEST).double_blocks[0]
     img, txt, *rest = block_inputs()
-    _, txt_before = block(img, txt, *rest)
-    _, txt_after = block(torch.randn_like(img), txt, *rest)
-    img_before, _ = block(img, txt, *rest)
-    img_after, _ = block(img, torch.randn_like(txt), *rest)
+    _, txt_before = run_double(block, img, txt, *rest)
+    _, txt_after = run_double(block, torch.randn_like(img), txt, *rest)
+    img_before, _ = run_double(block, img, txt, *rest)
+    img_after, _ = run_double(block, img, torch.randn_like(txt), *rest)
     for before, after in ((txt_before, txt_after), (img_before, img_after)):
         assert ((before - after).abs().amax(-1) > 1e-4).all()  # every token
 
@@ -215,11 +240,11 @@ def test_blocks_with_a_zero_modulation_are_the_identity():
         modulation.lin.weight.zero_()
         modulation.lin.bias.zero_()
     img, txt, *rest = block_inputs()
-    img_out, txt_out = double(img, txt, *rest)
+    img_out, txt_out = run_double(double, img, txt, *rest)
     assert torch.equal(img_out, img)
     assert torch.equal(txt_out, txt)
     joint = torch.cat((txt, img), 1)
-    assert torch.equal(single(joint, *rest), joint)
+    assert torch.equal(run_single(single, joint, *rest), joint)
 
 
 @torch.no_grad()

@@ -1,6 +1,9 @@
 """The FLUX.1 transformer, built on `fluxkern.ops`; parameters carry BFL's names."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -167,8 +170,45 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
 
-def _linear(x: Tensor, layer: nn.Linear, activation: str | None = None) -> Tensor:
-    return ops.linear(x, layer.weight, layer.bias, activation=activation)
+class Part(NamedTuple):
+    """Some rows or columns of a linear layer, as views."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _row_parts(layer: nn.Linear, sizes: tuple[int, ...]) -> tuple[Part, ...]:
+    pairs = zip(layer.weight.split(sizes), layer.bias.split(sizes), strict=True)
+    return tuple(Part(weight, bias) for weight, bias in pairs)
+
+
+def _column_parts(layer: nn.Linear, sizes: tuple[int, int]) -> tuple[Part, Part]:
+    first, second = layer.weight.split(sizes, 1)
+    return Part(first, layer.bias), Part(second, None)
+
+
+def _linear(
+    x: Tensor,
+    layer: nn.Linear | Part,
+    activation: str | None = None,
+    out: Tensor | None = None,
+    add: bool = False,
+) -> Tensor:
+    return ops.linear(x, layer.weight, layer.bias, activation=activation, out=out, add=add)
+
+
+def _linears(
+    parts: tuple[Tensor, Tensor],
+    layers: tuple[nn.Linear, nn.Linear],
+    joint: Tensor | None,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Products of text and image rows; into the rows of the joint tensor if there is one."""
+    outs = (None, None) if joint is None else joint.split([t.shape[1] for t in parts], 1)
+    return tuple(
+        _linear(x, layer, activation, out)
+        for x, layer, out in zip(parts, layers, outs, strict=True)
+    )
 
 
 def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
@@ -183,6 +223,101 @@ def _mlp(config: FluxConfig) -> nn.Sequential:
     )
 
 
+Vectors = tuple[Tensor, ...]  # of a modulation, each [B, 1, C]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a step needs beside its tokens, computed ahead by `Flux.workspaces`.
+
+    Args:
+        cos, sin: fp32 [L, D/2], the rotations of the joint sequence, text first.
+        modulation: the vectors of every modulation layer, in the order of the layers.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    modulation: tuple[Vectors, ...]
+
+
+class Stream:
+    """The joint residual stream of one call, text first.
+
+    A branch is added to it by the norm that opens the next one, in the same pass. Without gradients
+    the products of all blocks write into the same buffers, text and image rows of one tensor.
+
+    Args:
+        x: [B, Lt + Li, C].
+        txt_len: text tokens.
+    """
+
+    def __init__(self, x: Tensor, txt_len: int):
+        self.x, self.txt_len = x, txt_len
+        self.pending: tuple[Tensor, Tensor, Tensor] | None = None  # y and its gates
+        self.buffers: dict[str, Tensor] = {}
+
+    def add(self, y: Tensor, txt_gate: Tensor, img_gate: Tensor) -> None:
+        """x + gate * y, [B, L, C], from the next norm on."""
+        self.pending = y, txt_gate, img_gate
+
+    def norm(self, txt: Vectors, img: Vectors) -> Tensor:
+        """The normed stream [B, L, C], modulated by (shift, scale) of its tokens."""
+        vectors = (txt[1], txt[0], img[1], img[0])
+        if self.pending is None:
+            return ops.joint_norm_modulate(self.x, *vectors, self.txt_len)
+        y, txt_gate, img_gate = self.pending
+        self.x, h = ops.joint_gated_residual_norm_modulate(
+            self.x, y, txt_gate, *vectors[:2], img_gate, *vectors[2:], self.txt_len
+        )
+        self.pending = None
+        return h
+
+    def norm_img(self, shift: Tensor, scale: Tensor) -> Tensor:
+        """The normed and modulated image tokens, [B, Li, C]; the last norm of a call."""
+        x = self.x[:, self.txt_len :]
+        if self.pending is None:
+            return ops.norm_modulate(x, scale, shift)
+        y, _, gate = self.pending
+        y = y[:, self.txt_len :]
+        return ops.gated_residual_norm_modulate(x, y, gate, scale, shift)[1]
+
+    def sum(self) -> Tensor:
+        """The stream with every branch added, [B, L, C]."""
+        if self.pending is None:
+            return self.x
+        return ops.joint_gated_residual(self.x, *self.pending, self.txt_len)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Text and image rows of a joint tensor, views."""
+        return x.split((self.txt_len, x.shape[1] - self.txt_len), 1)
+
+    def buffer(self, name: str, channels: int) -> Tensor | None:
+        """[B, L, channels], the same each time; None where products need gradients."""
+        if torch.is_grad_enabled():
+            return None
+        if name not in self.buffers:
+            self.buffers[name] = self.x.new_empty((*self.x.shape[:2], channels))
+        return self.buffers[name]
+
+    def linear(self, name: str, x: Tensor, layer: Part, activation: str | None = None) -> Tensor:
+        """A product of all tokens, [B, L, Cout], into the buffer of that name."""
+        return _linear(x, layer, activation, self.buffer(name, layer.weight.shape[0]))
+
+    def linears(
+        self,
+        name: str,
+        parts: tuple[Tensor, Tensor],
+        layers: tuple[nn.Linear, nn.Linear],
+        activation: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Products of text and image rows; into the rows of the buffer of that name."""
+        return _linears(parts, layers, self.buffer(name, layers[0].out_features), activation)
+
+    def joined(self, name: str, parts: tuple[Tensor, Tensor]) -> Tensor:
+        """The products that `linears` gave as one tensor [B, L, C]."""
+        return torch.cat(parts, 1) if torch.is_grad_enabled() else self.buffers[name]
+
+
 class DoubleStreamBlock(nn.Module):
     """Text and image, each with its own weights, attend to each other; then each its own MLP."""
 
@@ -195,59 +330,64 @@ class DoubleStreamBlock(nn.Module):
             self.add_module(f"{stream}_mlp", _mlp(config))
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)
-        img_qkv = self._qkv(self.img_attn, img, img_mod)
-        txt_qkv = self._qkv(self.txt_attn, txt, txt_mod)
-        q, k, v = ops.joint_qk_norm_rope(
-            *txt_qkv, *img_qkv, *self.txt_attn.norm.weights, *self.img_attn.norm.weights, cos, sin
-        )
-        attn = ops.attention(q, k, v).flatten(2)  # [B, Lt + Li, C]
-        txt_attn, img_attn = attn[:, : txt.shape[1]], attn[:, txt.shape[1] :]
-        img = self._close(img, img_attn, self.img_attn, self.img_mlp, img_mod)
-        txt = self._close(txt, txt_attn, self.txt_attn, self.txt_mlp, txt_mod)
-        return img, txt
+        self, stream: Stream, txt_mod: Vectors, img_mod: Vectors, cos: Tensor, sin: Tensor
+    ) -> None:
+        """Adds its two branches to the stream."""
+        h = stream.norm(txt_mod[:2], img_mod[:2])
+        attn = ops.attention(*self._qkv(stream, h, cos, sin)).flatten(2)  # [B, Lt + Li, C]
+        layers = (self.txt_attn.proj, self.img_attn.proj)
+        parts = stream.linears("branch", stream.split(attn), layers)
+        stream.add(stream.joined("branch", parts), txt_mod[2], img_mod[2])
+        h = stream.norm(txt_mod[3:5], img_mod[3:5])
+        mlps = (self.txt_mlp, self.img_mlp)
+        parts = stream.linears("mlp", stream.split(h), tuple(m[0] for m in mlps), "gelu_tanh")
+        parts = stream.linears("branch", parts, tuple(m[2] for m in mlps))
+        stream.add(stream.joined("branch", parts), txt_mod[5], img_mod[5])
 
-    def _qkv(self, attn: SelfAttention, x: Tensor, mod: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        shift1, scale1 = mod[:2]
-        return _split_heads(_linear(ops.norm_modulate(x, scale1, shift1), attn.qkv), self.num_heads)
-
-    def _close(
-        self,
-        x: Tensor,
-        y: Tensor,
-        attn: SelfAttention,
-        mlp: nn.Sequential,
-        mod: tuple[Tensor, ...],
-    ) -> Tensor:
-        _, _, gate1, shift2, scale2, gate2 = mod
-        x, h = ops.gated_residual_norm_modulate(x, _linear(y, attn.proj), gate1, scale2, shift2)
-        h = _linear(_linear(h, mlp[0], "gelu_tanh"), mlp[2])
-        return ops.gated_residual(x, h, gate2)
+    def _qkv(self, stream: Stream, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """Joint q, k, v [B, L, H, D], q and k normed and rotated."""
+        layers = (self.txt_attn.qkv, self.img_attn.qkv)
+        weights = (*self.txt_attn.norm.weights, *self.img_attn.norm.weights)
+        parts = stream.linears("qkv", stream.split(h), layers)
+        if torch.is_grad_enabled():
+            txt, img = (_split_heads(part, self.num_heads) for part in parts)
+            return ops.joint_qk_norm_rope(*txt, *img, *weights, cos, sin)
+        q, k, v = _split_heads(stream.joined("qkv", parts), self.num_heads)
+        ops.qk_norm_rope_(q, k, *weights, cos, sin, stream.txt_len)
+        return q, k, v
 
 
 class SingleStreamBlock(nn.Module):
-    """Attention and MLP in parallel on the joint sequence, one projection in and one out."""
+    """Attention and MLP in parallel on the joint sequence, one projection in and one out.
+
+    linear1 and linear2 are held as in the checkpoint, and each is used as two products: nothing is
+    concatenated, and GELU is the epilogue of its product.
+    """
 
     def __init__(self, config: FluxConfig):
         super().__init__()
         hidden, mlp = config.hidden_size, config.mlp_size
         self.num_heads = config.num_heads
-        self.split = (3 * hidden, mlp)
+        self.rows, self.columns = (3 * hidden, mlp), (hidden, mlp)
         self.linear1 = nn.Linear(hidden, 3 * hidden + mlp)
         self.linear2 = nn.Linear(hidden + mlp, hidden)
         self.norm = QKNorm(config.head_dim)
         self.modulation = Modulation(hidden, 3)
 
-    def forward(self, x: Tensor, vec: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(vec)
-        h = _linear(ops.norm_modulate(x, scale, shift), self.linear1)
-        qkv, mlp = h.split(self.split, -1)
-        q, k, v = _split_heads(qkv, self.num_heads)
-        attn = ops.rope_attention(q, k, v, *self.norm.weights, cos, sin).flatten(2)
-        h = _linear(torch.cat((attn, ops.gelu_tanh(mlp)), -1), self.linear2)
-        return ops.gated_residual(x, h, gate)
+    def forward(self, stream: Stream, mod: Vectors, cos: Tensor, sin: Tensor) -> None:
+        """Adds its branch to the stream."""
+        h = stream.norm(mod[:2], mod[:2])
+        qkv_layer, mlp_layer = _row_parts(self.linear1, self.rows)
+        qkv = _split_heads(stream.linear("qkv", h, qkv_layer), self.num_heads)
+        attn = ops.rope_attention(*qkv, *self.norm.weights, cos, sin).flatten(2)
+        mlp = stream.linear("mlp", h, mlp_layer, "gelu_tanh")
+        attn_layer, mlp_layer = _column_parts(self.linear2, self.columns)
+        y = stream.linear("branch", attn, attn_layer)
+        if torch.is_grad_enabled():
+            y = y + _linear(mlp, mlp_layer)
+        else:
+            _linear(mlp, mlp_layer, out=y, add=True)
+        stream.add(y, mod[2], mod[2])
 
 
 class LastLayer(nn.Module):
@@ -261,10 +401,12 @@ class LastLayer(nn.Module):
             nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size)
         )
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+    def modulation(self, vec: Tensor) -> Vectors:
         lin = self.adaLN_modulation[1]
-        shift, scale = ops.modulation(vec, lin.weight, lin.bias, 2)
-        return _linear(ops.norm_modulate(x, scale, shift), self.linear)
+        return ops.modulation(vec, lin.weight, lin.bias, 2)
+
+    def forward(self, stream: Stream, mod: Vectors) -> Tensor:
+        return _linear(stream.norm_img(*mod), self.linear)
 
 
 class Flux(nn.Module):
@@ -298,6 +440,7 @@ class Flux(nn.Module):
         timesteps: Tensor,
         y: Tensor,
         guidance: Tensor | None = None,
+        workspace: Workspace | None = None,
     ) -> Tensor:
         """The velocity at a point of the straight path from noise (timestep 1) to picture (0).
 
@@ -309,6 +452,8 @@ class Flux(nn.Module):
             timesteps: [B], 0 to 1.
             y: [B, vec_in_dim], pooled CLIP vector.
             guidance: [B], for a model with config.guidance_embed.
+            workspace: what `workspaces` made of ids, timesteps, y and guidance, which then only
+                have their shapes looked at; None makes it here.
 
         Returns:
             [B, Li, out_channels], dtype of img.
@@ -321,25 +466,68 @@ class Flux(nn.Module):
         Source: black-forest-labs/flux, model.py, Flux.forward.
         """
         self._check(img, img_ids, txt, txt_ids, timesteps, y, guidance)
-        vec = self._embed(timesteps, y, guidance, img.dtype)
+        if workspace is None:
+            timesteps = timesteps.to(img.dtype)[None]
+            (workspace,) = self.workspaces(img_ids, txt_ids, timesteps, y, guidance)
+        rotation, modulation = (workspace.cos, workspace.sin), iter(workspace.modulation)
+        stream = self._stream(txt, img)
+        for block in self.double_blocks:
+            block(stream, next(modulation), next(modulation), *rotation)
+        for block in self.single_blocks:
+            block(stream, next(modulation), *rotation)
+        return self.final_layer(stream, next(modulation))
+
+    def workspaces(
+        self,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+    ) -> list[Workspace]:
+        """What the S steps of a schedule need beside their tokens, computed at once.
+
+        The modulation layers, a quarter of a FLUX.1, depend on nothing else, and are read once.
+
+        Args:
+            img_ids, txt_ids, y, guidance: as in `forward`.
+            timesteps: [S, B], dtype of the weights.
+
+        Returns:
+            S workspaces; one serves any number of calls of `forward` with these arguments.
+
+        Gradients: y and guidance, and the parameters of embedders and modulations.
+        """
         cos, sin = rope_tables(
             torch.cat((txt_ids, img_ids)), self.config.axes_dim, self.config.theta
         )
-        img, txt = _linear(img, self.img_in), _linear(txt, self.txt_in)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, vec, cos, sin)
-        x = torch.cat((txt, img), 1)
-        for block in self.single_blocks:
-            x = block(x, vec, cos, sin)
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        vec = self._embed(timesteps, y, guidance)
+        steps = zip(
+            *(zip(*(t.unbind() for t in layer(vec)), strict=True) for layer in self._modulations()),
+            strict=True,
+        )
+        return [Workspace(cos, sin, modulation) for modulation in steps]
 
-    def _embed(
-        self, timesteps: Tensor, y: Tensor, guidance: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        vec = self.time_in(ops.timestep_embedding(timesteps.to(dtype), TIME_DIM))
+    def _modulations(self) -> list[Callable[[Tensor], Vectors]]:
+        doubles = ((block.txt_mod, block.img_mod) for block in self.double_blocks)
+        singles = (block.modulation for block in self.single_blocks)
+        return [*chain.from_iterable(doubles), *singles, self.final_layer.modulation]
+
+    def _embed(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
+        """[S, B, C]; each step by itself, so that it has the bits it would have alone."""
+        dtype = timesteps.dtype
+        times = [self.time_in(ops.timestep_embedding(t, TIME_DIM)) for t in timesteps.unbind()]
         if guidance is not None:
-            vec = vec + self.guidance_in(ops.timestep_embedding(guidance.to(dtype), TIME_DIM))
-        return vec + self.vector_in(y)
+            strength = self.guidance_in(ops.timestep_embedding(guidance.to(dtype), TIME_DIM))
+            times = [time + strength for time in times]
+        pooled = self.vector_in(y)
+        return torch.stack([time + pooled for time in times])
+
+    def _stream(self, txt: Tensor, img: Tensor) -> Stream:
+        size = (img.shape[0], txt.shape[1] + img.shape[1], self.config.hidden_size)
+        x = None if torch.is_grad_enabled() else img.new_empty(size)
+        parts = _linears((txt, img), (self.txt_in, self.img_in), x)
+        return Stream(torch.cat(parts, 1) if x is None else x, txt.shape[1])
 
     def _check(
         self,

@@ -44,12 +44,14 @@ class Backend:
         unsupported: called with the same arguments, or with none to ask about the machine alone;
             returns None, or the reason why `run` cannot take them.
         only_named: a reason why it does not run unless a call names it, if there is one.
+        write: called with the same arguments and then the outputs, which it writes, if it can.
     """
 
     name: str
     run: Callable
     unsupported: Callable[..., str | None] = _runs_anywhere
     only_named: str | None = None
+    write: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -195,12 +197,18 @@ def _compiled(op: str, name: str) -> Backend | str:
         _destination_passing(op, packet.default),
         lambda *args: without_device or _refusal(device, args),
         "the CUDA sources run on a CPU only when named" if name in NAMED_ONLY else None,
+        packet.default,
     )
 
 
 def on_cpu(run: Callable) -> Backend:
     """A kernel of the cpu backend that is made of torch's own ops, chosen and tiled by us."""
     return Backend("cpu", run, lambda *args: _refusal("cpu", args))
+
+
+def on_cuda(run: Callable) -> Backend:
+    """The same of the cuda backend."""
+    return Backend("cuda", run, lambda *args: _no_cuda() or _refusal("cuda", args))
 
 
 @cache
@@ -283,9 +291,11 @@ def _triton(op: str) -> Backend | str:
 
     if _interpreting():
         interpreter = "Triton's interpreter runs only when named"
-        return Backend("triton", _destination_passing(op, launcher), unsupported, interpreter)
-    run_kernel = _destination_passing(op, _on_its_device(launcher))
-    return Backend("triton", run_kernel, unsupported)
+        run_kernel = _destination_passing(op, launcher)
+        return Backend("triton", run_kernel, unsupported, interpreter, launcher)
+    launcher = _on_its_device(launcher)
+    run_kernel = _destination_passing(op, launcher)
+    return Backend("triton", run_kernel, unsupported, None, launcher)
 
 
 # choosing
@@ -316,6 +326,20 @@ def run(op: str, backend: str | None, *args: object) -> object:
         NotImplementedError: the named backend cannot run these arguments, or none can; the message
             gives the reason of every backend.
     """
+    return _chosen(op, backend, args).run(*args)
+
+
+def run_into(out: Tensor, op: str, *args: object) -> None:
+    """`run` of an op with one output, written into `out`; that may be an input of an elementwise
+    op."""
+    backend = _chosen(op, None, args)
+    if backend.write is None:
+        out.copy_(backend.run(*args))
+    else:
+        backend.write(*args, out)
+
+
+def _chosen(op: str, backend: str | None, args: tuple) -> Backend:
     named = backend or DEFAULT_BACKEND
     if named is not None:
         _check_name("backend", named)
@@ -323,7 +347,7 @@ def run(op: str, backend: str | None, *args: object) -> object:
         if _reason(op, name, args, named is not None) is None:
             if name == "reference" and named is None:
                 _say_once_that_nothing_is_compiled()
-            return _registry[op][name].run(*args)
+            return _registry[op][name]
     listed = BACKENDS if named in (None, *BACKENDS) else (*BACKENDS, named)
     reasons = "; ".join(f"{n}: {_reason(op, n, args, n == named) or 'can run'}" for n in listed)
     raise NotImplementedError(f"{op} cannot run on {named or 'any backend'} ({reasons})")

@@ -1,6 +1,7 @@
 """A linear layer, with the MLP's activation as its epilogue."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,12 @@ _forward = _dispatch.define(
     reference.linear,
     lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
+_in_place = _dispatch.define(
+    "linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, str? activation, bool add,"
+    " str? backend) -> ()",
+    reference.linear_,
+    lambda *_: None,
+)
 
 
 PANEL = 1024  # rows of the weight that are widened at a time: 12 MiB at FLUX.1's width
@@ -30,29 +37,78 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return dtype.itemsize >= 4
 
 
-def _widened_panels(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+def _widened_panels(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, add: bool
+) -> None:
     """fp32 products of a weight that stays as it is in memory but for one panel of rows."""
     tokens, cin, cout = math.prod(x.shape[:-1]), x.shape[-1], weight.shape[0]
     flat = x.reshape(tokens, cin).float()
-    out = x.new_empty((tokens, cout))
     panel = flat.new_empty((PANEL, cin))
     for start in range(0, cout, PANEL):
         rows = slice(start, min(start + PANEL, cout))
         wide = panel[: rows.stop - start].copy_(weight[rows])
         part = F.linear(flat, wide, None if bias is None else bias[rows].float())
-        part = _dispatch.run("gelu_tanh", None, part) if gelu else part
-        out[:, rows] = part
-    return out.view(*x.shape[:-1], cout)
+        if gelu:
+            _dispatch.run_into(part, "gelu_tanh", part)
+        target = out[..., rows]
+        part = part.view(target.shape)
+        target.add_(part) if add else target.copy_(part)
+
+
+def _matrices(out: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both as [rows, C] views: one pair where the rows lie evenly, else one a batch element."""
+    if x.ndim == 2:
+        yield out, x
+    elif x.ndim == 1 or x.shape[0] == 1:
+        yield from _matrices(*((out[None], x[None]) if x.ndim == 1 else (out[0], x[0])))
+    elif out.is_contiguous() and x.is_contiguous():
+        yield out.flatten(0, -2), x.flatten(0, -2)
+    else:
+        for one_out, one in zip(out, x, strict=True):
+            yield from _matrices(one_out, one)
+
+
+def _products(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    add: bool,
+) -> None:
+    for rows, flat in _matrices(out, x):
+        onto = rows if add else bias
+        if onto is None:
+            torch.mm(flat, weight.t(), out=rows)
+        else:
+            torch.addmm(onto, flat, weight.t(), out=rows)
+    if activation:
+        _dispatch.run_into(out, "gelu_tanh", out)
+
+
+def _on_cpu_(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    add: bool,
+) -> None:
+    if _multiplies(x.dtype):
+        _products(out, x, weight, bias, activation, add)
+    else:
+        _widened_panels(out, x, weight, bias, activation == "gelu_tanh", add)
 
 
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    if not _multiplies(x.dtype):
-        return _widened_panels(x, weight, bias, activation == "gelu_tanh")
-    out = F.linear(x, weight, bias)
-    return _dispatch.run("gelu_tanh", None, out) if activation else out
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    _on_cpu_(out, x, weight, bias, activation, False)
+    return out
 
 
 _dispatch.register("linear", _dispatch.on_cpu(_on_cpu))
+_dispatch.register("linear_", _dispatch.on_cpu(_on_cpu_))
+_dispatch.register("linear_", _dispatch.on_cuda(_products))
 
 
 class _Linear(torch.autograd.Function):
@@ -78,28 +134,34 @@ def linear(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    out: Tensor | None = None,
+    add: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """A linear layer over the last axis, with GELU-tanh after it when asked for.
 
-    out = activation(x weight^T + bias)
+    out = activation(x weight^T + bias), or out + x weight^T
 
     Args:
         x: [..., Cin], floating point.
-        weight: [Cout, Cin], dtype of x.
+        weight: [Cout, Cin], dtype of x; rows or columns of a longer weight too.
         bias: [Cout], dtype of x, or None.
         activation: None or "gelu_tanh".
+        out: [..., Cout], dtype of x, last axis contiguous, where the result is written, such as the
+            rows of one stream in a joint buffer; None makes a new tensor.
+        add: the product is added to `out`, without bias and activation.
         backend: one of `fluxkern.ops.BACKENDS`; None takes the first that can run.
 
     Returns:
-        [..., Cout], dtype of x.
+        [..., Cout], dtype of x; `out` where that is given.
 
     Raises:
-        ValueError: a shape, dtype or device disagrees, or the activation is unknown; names the
-            argument and both values.
+        ValueError: a shape, dtype or device disagrees, the activation is unknown, `add` with what
+            it does not go with, or `out` while a tensor needs a gradient; names the argument and
+            both values.
         NotImplementedError: the named backend cannot run this; gives every backend's reason.
 
-    Gradients: x, weight, bias.
+    Gradients: x, weight, bias; none with `out`.
     Source: Hendrycks and Gimpel, GELU; black-forest-labs/flux, modules/layers.py.
     """
     _checks.floating("x", x)
@@ -110,7 +172,22 @@ def linear(
         _checks.like("bias", bias, "x", x)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if out is not None:
+        _check_out(out, x, weight, bias)
+    if add and (out is None or bias is not None or activation):
+        raise ValueError("add must come with out and without bias and activation")
+    if out is not None:
+        _in_place(out, x, weight, bias, activation, add, backend)
+        return out
     if not _dispatch.needs_gradient(x, weight, bias):
         return _forward(x, weight, bias, activation, backend)
     out = _Linear.apply(x, weight, bias, backend)
     return gelu_tanh(out, backend=backend) if activation else out
+
+
+def _check_out(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _checks.shape("out", out, (*x.shape[:-1], weight.shape[0]), "[..., Cout]")
+    _checks.like("out", out, "x", x)
+    _checks.last_axis_contiguous("out", out)
+    if _dispatch.needs_gradient(out, x, weight, bias):
+        raise ValueError("out must be None where a tensor needs a gradient, got a tensor")
