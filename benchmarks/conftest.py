@@ -44,6 +44,11 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
     commit_info["source"] = bench.source_hash()
 
 
+@pytest.fixture
+def shape(request: pytest.FixtureRequest) -> str:
+    return request.config.option.shape
+
+
 @pytest.fixture(scope="session")
 def compared() -> dict[tuple, bench.Comparison | bench.WrongResult]:
     return {}
@@ -51,20 +56,24 @@ def compared() -> dict[tuple, bench.Comparison | bench.WrongResult]:
 
 @pytest.fixture
 def comparison(compared: dict, request: pytest.FixtureRequest) -> Callable:
-    """Measures a comparison when it is first asked for; a refusal fails all of its benchmarks."""
-    option = request.config.option
-    rounds = 0 if option.benchmark_disable else max(bench.ROUNDS, option.benchmark_min_rounds)
+    """Measures a comparison when it is first asked for; a refusal fails all of its benchmarks.
 
-    def find(op: str, dtype: str, direction: str) -> bench.Comparison:
-        key = (op, option.shape, dtype, direction, "cuda" if GPU else "cpu", rounds)
-        if key not in compared:
+    What measures it takes its key and the rounds, of which there are `rounds` at least.
+    """
+    option = request.config.option
+
+    def find(measure: Callable, key: tuple, rounds: int) -> bench.Comparison:
+        rounds = 0 if option.benchmark_disable else max(rounds, option.benchmark_min_rounds)
+        if (measure, *key) not in compared:
             try:
-                compared[key] = bench.measure(*key)
+                found = measure(*key, rounds=rounds)
             except bench.WrongResult as refusal:
-                compared[key] = refusal
-        if isinstance(compared[key], bench.WrongResult):
-            pytest.fail(str(compared[key]))
-        return compared[key]
+                found = refusal
+            compared[measure, *key] = found
+        found = compared[measure, *key]
+        if isinstance(found, bench.WrongResult):
+            pytest.fail(str(found))
+        return found
 
     return find
 
@@ -78,30 +87,19 @@ def clock(samples: list[float]) -> Callable[[], float]:
     return iter(ticks).__next__
 
 
-def extra_info(row: bench.Row) -> dict[str, Any]:
-    return {
-        "shape": row.shape,
-        "device": row.device,
-        "backend": row.provider,
-        "bytes": row.bytes,
-        "GB/s": row.bytes / row.median / 1e9,
-        "share of ceiling": row.share,
-        "max error": row.max_error,
-        **{f"times faster than {baseline}": gain for baseline, gain in row.times.items()},
-    }
-
-
 @pytest.fixture
 def replayed(benchmark: Any) -> Callable:
     """Hands the samples of a provider to pytest-benchmark."""
 
     def replay(found: bench.Comparison, provider: str, group: str) -> None:
+        if provider in found.skipped:
+            pytest.skip(f"{provider}: {found.skipped[provider]}")
         benchmark.group = group
         row = found.row(provider)
         if row is None:  # --benchmark-disable: it was verified, not timed
             benchmark(lambda: None)
             return
-        benchmark.extra_info.update(extra_info(row))
+        benchmark.extra_info.update(row.as_dict())
         benchmark._timer = clock(row.seconds)
         benchmark.pedantic(lambda: None, rounds=len(row.seconds))
         benchmark.stats.options["timer"] = row.timer

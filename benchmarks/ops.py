@@ -9,13 +9,14 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 
 from fluxkern import bench
 from fluxkern.cases import CASES, SHAPES, TEST_SIZES
+
+from .runs import Report, options
 
 NORM_FAMILY = (  # in order of importance
     "joint_gated_residual_norm_modulate",
@@ -29,7 +30,7 @@ OPS = [*NORM_FAMILY, *(op for op in CASES if CASES[op].backends and op not in NO
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.ops", description=__doc__)
+    parser = options("ops", __doc__, bench.ROUNDS)
     gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--op", nargs="+", choices=CASES, default=OPS)
@@ -38,9 +39,6 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     add("--direction", nargs="+", choices=bench.DIRECTIONS, default=["forward", "backward"])
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     add("--only", nargs="+", help="providers: eager, compile or names of backends")
-    add("--rounds", type=int, default=bench.ROUNDS, help="0 verifies and times nothing")
-    add("--threads", type=int, help="of torch; as many as there are cores")
-    add("--json", type=Path, metavar="FILE")
     return parser.parse_args(argv)
 
 
@@ -66,49 +64,22 @@ def costs(args: argparse.Namespace) -> list[bench.CallCost]:
     return [cost for op in args.op for cost in bench.call_costs(op, args.dtype[0], args.device)]
 
 
-def compare(report: dict[str, Any], args: argparse.Namespace, *case: str) -> None:
-    """One comparison into the report and onto the terminal."""
-    op, dtype, direction = case
-    only = tuple(args.only) if args.only else None
-    try:
-        found = bench.measure(op, args.shape, dtype, direction, args.device, args.rounds, only)
-    except bench.WrongResult as refusal:
-        report["refused"].append(str(refusal))
-        print(f"REFUSED {dtype} {direction}: {refusal}", flush=True)
-        return
-    report["rows"] += [row.as_dict() for row in found.rows]
-    report["verified"].append(f"{op}, {dtype}, {direction}: {', '.join(found.verified)}")
-    report["skipped"] |= found.skipped
-    print(bench.table(found.rows) or f"right: {report['verified'][-1]}", flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parsed(argv)
-    bench.pin_threads(args.threads)
-    pages = bench.keep_pages()
-    report: dict[str, Any] = {
-        "machine": bench.machine() | {"freed_pages_kept": pages},
-        "shape": args.shape,
-        "device": args.device,
-        **{"rows": [], "verified": [], "refused": [], "skipped": {}},
-    }
+    report = Report("ops", args, shape=args.shape, device=args.device)
     if args.rounds:
-        report["ceilings"] = ceilings(args)
-        print(", ".join(f"{name} {rate:.4g}" for name, rate in report["ceilings"].items()))
-        print(f"load before: {report['machine']['load']:.1f}", flush=True)
-    for case in comparisons(args):
-        compare(report, args, *case)
-        if args.json:
-            bench.write_json(args.json, report)
+        report.data["ceilings"] = bench.rounded(ceilings(args))
+        print(", ".join(f"{name} {rate:.4g}" for name, rate in report.data["ceilings"].items()))
+        print(f"load before: {report.data['machine']['load']:.1f}", flush=True)
+    only = tuple(args.only) if args.only else None
+    for op, dtype, direction in comparisons(args):
+        case = (op, args.shape, dtype, direction, args.device, args.rounds, only)
+        report.add(f"{op}, {dtype}, {direction}", partial(bench.measure, *case), bench.table)
     if args.rounds:
         found = costs(args)
-        report["calls"] = [asdict(cost) for cost in found]
+        report.data["calls"] = [bench.rounded(asdict(cost)) for cost in found]
         print(bench.cost_table(found))
-        if args.json:
-            bench.write_json(args.json, report)
-    for provider, reason in report["skipped"].items():
-        print(f"without {provider}: {reason}")
-    return 1 if report["refused"] else 0
+    return report.close()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from fluxkern import bench
 from fluxkern.cases import CASES
@@ -25,9 +26,14 @@ def test_the_suite_holds_every_op_with_kernels():
 
 @pytest.mark.parametrize("op, dtype, direction, provider", RUNS)
 def test_op(
-    op: str, dtype: str, direction: str, provider: str, comparison: Callable, replayed: Callable
+    op: str,
+    dtype: str,
+    direction: str,
+    provider: str,
+    shape: str,
+    comparison: Callable,
+    replayed: Callable,
 ):
-    found: bench.Comparison = comparison(op, dtype, direction)
-    if provider in found.skipped:
-        pytest.skip(f"{provider}: {found.skipped[provider]}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = comparison(bench.measure, (op, shape, dtype, direction, device), bench.ROUNDS)
     replayed(found, provider, f"{op} {direction} {dtype}")

@@ -1,0 +1,25 @@
+"""The compact model: its loop and a whole picture, by diffusers and by us."""
+
+from collections.abc import Callable
+
+import pytest
+
+from . import whole
+from .pipeline import WHOLES, Pipelines
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> Pipelines:
+    return Pipelines()
+
+
+@pytest.mark.parametrize("provider", (whole.BASELINE, whole.COMPILED, whole.OURS))
+@pytest.mark.parametrize("what", WHOLES)
+def test_pipeline(
+    pipelines: Pipelines, what: str, provider: str, comparison: Callable, replayed: Callable
+):
+    replayed(comparison(pipelines.measure, (what,), whole.ROUNDS), provider, what)
+
+
+def test_the_picture_is_that_of_diffusers(pipelines: Pipelines):
+    assert pipelines.levels()["largest"] <= 2
