@@ -51,6 +51,7 @@ SHAPES = {  # of benchmarks
 }
 TEST_SIZES = {
     "odd": Sizes(),
+    "odd, to the end of its memory": Sizes(skip=0, spare=0),
     "one of each": Sizes(1, 1, 1, 1, 1, 2),
     "empty batch": Sizes(batch=0),
     "empty text": Sizes(txt=0),

@@ -21,7 +21,8 @@ SANITIZERS = ("address,undefined", "thread")
 OPS = sorted(path.stem for path in (ROOT / "csrc/host/sanitize").glob("*.cpp"))
 KERNELS = sorted(path.stem for path in (ROOT / "csrc/cpu").glob("*.cpp"))
 OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+    # leaks are Python's own; new memory holds NaN, so that scratch is written before it is read
+    "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=268435456:malloc_fill_byte=255",
     "TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1",
 }
 FIXED_ADDRESSES = ("setarch", "--addr-no-randomize")  # ThreadSanitizer's shadow takes most of them
