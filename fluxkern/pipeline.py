@@ -209,6 +209,7 @@ class FluxPipeline:
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
         max_sequence_length: int | None = None,
+        release_modulation: bool = False,
         progress: bool = True,
     ) -> FluxPipelineOutput:
         """Make pictures from prompts; the arguments mean what they mean in diffusers.
@@ -240,6 +241,8 @@ class FluxPipeline:
             callback_on_step_end_tensor_inputs: the names it is given, of `latents` and
                 `prompt_embeds`.
             max_sequence_length: tokens T5 pads or cuts to, up to 512; None is the checkpoint's own.
+            release_modulation: the modulation layers, a quarter of a FLUX.1, wait in the memory of
+                the CPU while the pipeline samples, and come back for the next prompt.
             progress: show a progress bar.
 
         Returns:
@@ -321,6 +324,7 @@ class FluxPipeline:
                 guidance_scale=guidance_scale if self.transformer.config.guidance_embed else None,
                 uncond=uncond,
                 true_cfg_scale=true_cfg_scale,
+                release_modulation=release_modulation,
                 on_step=on_step,
             )
 
@@ -354,7 +358,8 @@ class FluxPipeline:
         changed = callback(self, step.index, step.timestep, {name: tensors[name] for name in names})
         tensors |= changed or {}
         step.img = tensors["latents"]
-        step.cond = Conditioning(tensors["prompt_embeds"], step.cond.vec)
+        if tensors["prompt_embeds"] is not step.cond.txt:
+            step.cond = Conditioning(tensors["prompt_embeds"], step.cond.vec)
 
 
 @dataclass(frozen=True)

@@ -243,11 +243,20 @@ class StraightFlow(torch.nn.Module):
     def __init__(self, noise):
         super().__init__()
         self.noise = noise
-        self.calls = []
+        self.calls, self.prepared = [], []
 
-    def forward(self, img, img_ids, txt, txt_ids, timesteps, y, guidance):
+    def workspaces(self, img_ids, txt_ids, timesteps, y, guidance):
+        self.prepared.append(y)
+        return list(timesteps)
+
+    def modulation_to(self, device):
+        pass
+
+    def forward(self, img, img_ids, txt, txt_ids, timesteps, y, guidance, workspace):
+        assert torch.equal(workspace, timesteps)
+        assert len(img) == len(txt) == len(timesteps) == len(y)
         self.calls.append((timesteps, guidance))
-        return self.noise - y[:, None, :]
+        return self.noise.repeat(len(y) // 2, 1, 1) - y[:, None, :]
 
 
 def straight_flow(**options):
@@ -279,6 +288,56 @@ def test_denoise_in_two_passes_extrapolates_from_the_negative_prompt():
     end = (2 * cond.vec - uncond.vec)[:, None].expand(2, 4, 8)
     torch.testing.assert_close(img, end, atol=1e-5, rtol=1e-5)
     assert len(model.calls) == 14
+
+
+def test_denoise_takes_prompts_of_one_length_together():
+    uncond = Conditioning(torch.zeros(2, 3, 8), torch.randn(2, 8, generator=seeded(3)))
+    img, cond, model = straight_flow(uncond=uncond, true_cfg_scale=2.0, guidance_scale=3.5)
+    end = (2 * cond.vec - uncond.vec)[:, None].expand(2, 4, 8)
+    torch.testing.assert_close(img, end, atol=1e-5, rtol=1e-5)
+    assert len(model.calls) == 7
+    assert all(torch.equal(guidance, torch.full((4,), 3.5)) for _, guidance in model.calls)
+
+
+def test_denoise_prepares_all_steps_before_the_first_and_again_for_another_prompt():
+    other = Conditioning(torch.zeros(2, 3, 8), torch.randn(2, 8, generator=seeded(4)))
+
+    def on_step(step):
+        if step.index == 3:
+            step.cond = other
+
+    _, cond, model = straight_flow(on_step=on_step)
+    assert [id(y) for y in model.prepared] == [id(cond.vec), id(other.vec)]
+    assert len(model.calls) == 7
+
+
+class Diary(torch.nn.Module):
+    """What is asked of a model, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def modulation_to(self, device):
+        self.lines.append(f"modulation to {device}")
+
+    def workspaces(self, img_ids, txt_ids, timesteps, y, guidance):
+        self.lines.append("prepare")
+        return [None] * len(timesteps)
+
+    def forward(self, img, *rest):
+        self.lines.append("step")
+        return img
+
+
+def test_denoise_releases_the_modulation_between_its_use_and_the_first_step():
+    model, noise = Diary(), torch.zeros(1, 4, 8, device="meta")  # of an accelerator, as it were
+    cond = Conditioning(torch.zeros(1, 3, 8, device="meta"), torch.zeros(1, 8, device="meta"))
+    ids = get_img_ids(32, 32, "meta")
+    for release in (True, False):
+        denoise(model, noise, ids, cond, get_schedule(2, 4), release_modulation=release)
+    released = ["modulation to meta", "prepare", "modulation to cpu", "step", "step"]
+    assert model.lines == released + ["modulation to meta", "prepare", "step", "step"]
 
 
 def test_denoise_stops_and_takes_changes_when_told():

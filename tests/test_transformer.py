@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -302,6 +303,56 @@ def test_compiled_model_equals_eager_and_is_not_compiled_again_for_another_pictu
             torch._dynamo.mark_dynamic(args["img"], 1)
             torch._dynamo.mark_dynamic(args["img_ids"], 0)
             assert distance(compiled(**args), model(**args)) <= 1e-6
+
+
+# what is computed ahead
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_modulation_of_a_schedule_is_within_one_ulp_of_step_by_step(dtype: torch.dtype):
+    model = random_flux(replace(TINY, hidden_size=768, num_heads=48)).to(dtype)
+    args = inputs(TINY, batch=3)
+    ids, y = (args["img_ids"], args["txt_ids"]), args["y"].to(dtype)
+    timesteps = torch.rand(5, 3).to(dtype)
+    ahead = model.workspaces(*ids, timesteps, y, args["guidance"])
+    for step, workspace in enumerate(ahead):
+        (alone,) = model.workspaces(*ids, timesteps[step, None], y, args["guidance"])
+        assert len(workspace.modulation) == 2 * 2 + 2 + 1
+        for found, expected in zip(
+            chain(*workspace.modulation), chain(*alone.modulation), strict=True
+        ):
+            assert found.shape == (3, 1, 768)
+            ulp = torch.finfo(dtype).eps * expected.abs().clamp(min=torch.finfo(dtype).tiny)
+            assert ((found - expected).abs() <= ulp).all()
+
+
+@torch.no_grad()
+def test_velocity_with_a_workspace_of_the_schedule_has_the_same_bits():
+    model, args = random_flux(TINY), inputs(TINY)
+    ids = (args["img_ids"], args["txt_ids"])
+    timesteps = torch.stack((torch.rand(2), args["timesteps"]))
+    workspace = model.workspaces(*ids, timesteps, args["y"], args["guidance"])[1]
+    expected = model(**args)
+    for _ in range(2):  # it serves any number of calls
+        assert torch.equal(model(**args, workspace=workspace), expected)
+
+
+@torch.no_grad()
+def test_modulation_layers_are_a_quarter_of_a_flux_and_not_needed_beside_a_workspace():
+    model, args = random_flux(TINY), inputs(TINY)
+    ids = (args["img_ids"], args["txt_ids"])
+    (workspace,) = model.workspaces(*ids, args["timesteps"][None], args["y"], args["guidance"])
+    expected = model(**args)
+    model.modulation_to("meta")
+    assert torch.equal(model(**args, workspace=workspace), expected)
+    gone = {name for name, p in model.named_parameters() if p.is_meta}
+    assert gone == {name for name in model.state_dict() if re.search(r"_?mod(ulation)?\.", name)}
+    with torch.device("meta"):
+        full = Flux(CONFIGS["dev"])
+    sizes = {name: p.numel() for name, p in full.named_parameters() if "mod" in name}
+    vectors = 2 * 19 * 6 + 38 * 3 + 2  # of a double block's streams, a single block, the last layer
+    assert sum(sizes.values()) == vectors * 3072 * (3072 + 1) == 3_247_448_064
 
 
 # sizes

@@ -395,6 +395,43 @@ class Step:
     stop: bool = False
 
 
+class _Pass:
+    """One call of the model a step: its prompts, and what every step needs of the model ahead."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        img: Tensor,
+        img_ids: Tensor,
+        text: Conditioning,
+        sigmas: Tensor,
+        guidance_scale: float | None,
+    ) -> None:
+        self.model, self.text, self.guidance = model, text, None
+        batch = text.txt.shape[0]
+        if guidance_scale is not None:
+            self.guidance = torch.full((batch,), guidance_scale, device=img.device)
+        self.ids = img_ids, get_txt_ids(text.txt.shape[1], img.device)
+        times = torch.stack([model_time(sigma, img[:1]) for sigma in sigmas[:-1]])
+        self.times = times.expand(-1, batch)  # [S, B]
+        self.workspaces = model.workspaces(*self.ids, self.times, text.vec, self.guidance)
+
+    def velocity(self, img: Tensor, index: int) -> Tensor:
+        text, (img_ids, txt_ids) = self.text, self.ids
+        img = img.repeat(text.txt.shape[0] // img.shape[0], 1, 1)
+        args = (img, img_ids, text.txt, txt_ids, self.times[index], text.vec, self.guidance)
+        return self.model(*args, self.workspaces[index])
+
+
+def _passes(cond: Conditioning, uncond: Conditioning | None) -> list[Conditioning]:
+    """Prompts and negative prompts in one batch where their lengths agree, else one by one."""
+    if uncond is None:
+        return [cond]
+    if cond.txt.shape != uncond.txt.shape:
+        return [cond, uncond]
+    return [Conditioning(torch.cat((cond.txt, uncond.txt)), torch.cat((cond.vec, uncond.vec)))]
+
+
 def denoise(
     model: torch.nn.Module,
     img: Tensor,
@@ -405,9 +442,13 @@ def denoise(
     guidance_scale: float | None = None,
     uncond: Conditioning | None = None,
     true_cfg_scale: float = 1.0,
+    release_modulation: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """Turn noise into packed latents by Euler steps along the model's velocity.
+
+    What depends on the prompts and the noise levels alone, the modulation above all, is computed
+    for all steps before the first.
 
     Args:
         model: a Flux.
@@ -416,8 +457,9 @@ def denoise(
         cond: the prompts, B of them.
         sigmas: fp32 [N + 1] falling noise levels, those of `get_schedule`.
         guidance_scale: embedded guidance; None for a model that has no such input.
-        uncond: the negative prompts, B of them; None for one pass a step.
-        true_cfg_scale: scale of the two passes; not used without `uncond`.
+        uncond: the negative prompts, B of them; None for the prompts alone.
+        true_cfg_scale: scale of the two velocities; not used without `uncond`.
+        release_modulation: the modulation layers wait in the memory of the CPU while it samples.
         on_step: called after each step.
 
     Returns:
@@ -425,23 +467,28 @@ def denoise(
 
     Source: BFL flux `denoise`; diffusers `FluxPipeline.__call__`.
     """
-    guidance = None
-    if guidance_scale is not None:
-        guidance = torch.full((img.shape[0],), guidance_scale, device=img.device)
 
-    def velocity(text: Conditioning, t: Tensor) -> Tensor:
-        txt_ids = get_txt_ids(text.txt.shape[1], img.device)
-        return model(img, img_ids, text.txt, txt_ids, t, text.vec, guidance)
+    def prepared(cond: Conditioning) -> list[_Pass]:
+        model.modulation_to(img.device)
+        passes = [
+            _Pass(model, img, img_ids, text, sigmas, guidance_scale)
+            for text in _passes(cond, uncond)
+        ]
+        if release_modulation:
+            model.modulation_to("cpu")
+        return passes
 
+    passes = prepared(cond)
     for index, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        t = model_time(sigma, img)
-        flow = velocity(cond, t)
+        flow = torch.cat([one.velocity(img, index) for one in passes])
         if uncond is not None:
-            flow = combine_cfg(flow, velocity(uncond, t), true_cfg_scale)
+            flow = combine_cfg(*flow.chunk(2), true_cfg_scale)
         img = euler_step(img, flow, sigma, sigma_next)
         if on_step is not None:
             step = Step(index, sigma * 1000, img, cond)
             on_step(step)
+            if step.cond is not cond:
+                passes = prepared(step.cond)
             img, cond = step.img, step.cond
             if step.stop:
                 break

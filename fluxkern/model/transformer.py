@@ -508,6 +508,19 @@ class Flux(nn.Module):
         )
         return [Workspace(cos, sin, modulation) for modulation in steps]
 
+    def modulation_to(self, device: torch.device | str) -> None:
+        """Moves the modulation layers, which `forward` does not need beside a workspace.
+
+        Args:
+            device: where to.
+        """
+        for block in self.double_blocks:
+            block.txt_mod.to(device)
+            block.img_mod.to(device)
+        for block in self.single_blocks:
+            block.modulation.to(device)
+        self.final_layer.adaLN_modulation.to(device)
+
     def _modulations(self) -> list[Callable[[Tensor], Vectors]]:
         doubles = ((block.txt_mod, block.img_mod) for block in self.double_blocks)
         singles = (block.modulation for block in self.single_blocks)
