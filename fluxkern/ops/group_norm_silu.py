@@ -44,10 +44,10 @@ class _GroupNormSilu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x = ctx.saved_tensors[0]
-        layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+        saved = ctx.saved_tensors  # once: a checkpointed block unpacks no more often
+        layout = torch.channels_last if _is_channels_last(saved[0]) else torch.contiguous_format
         dy = dy.contiguous(memory_format=layout)
-        return *_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None
+        return *_backward(dy, *saved, *ctx.settings), None, None, None
 
 
 def group_norm_silu(

@@ -81,8 +81,9 @@ class _JointQKNormRope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq_out, dk_out, dv):
         gradients = _dispatch.rows(dq_out, dk_out)
-        grads = _joint_backward(*gradients, *ctx.saved_tensors, *ctx.settings)
-        txt_len = ctx.saved_tensors[0].shape[1]
+        saved = ctx.saved_tensors  # once: a checkpointed block unpacks no more often
+        grads = _joint_backward(*gradients, *saved, *ctx.settings)
+        txt_len = saved[0].shape[1]
         txt, img = (*grads[:2], dv[:, :txt_len]), (*grads[2:4], dv[:, txt_len:])
         return *txt, *img, *grads[4:], *[None] * 4
 
