@@ -5,12 +5,28 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import ops
-    from .ops import explain
+    from .integrations.diffusers import accelerate, restore
     from .pipeline import FluxPipeline
 
 __version__ = "0.1.0"
-__all__ = ["FluxPipeline", "__version__", "explain", "ops"]
-_HOMES = {"FluxPipeline": ".pipeline", "explain": ".ops"}
+__all__ = ["FluxPipeline", "__version__", "accelerate", "explain", "ops", "restore"]
+_DIFFUSERS = ".integrations.diffusers"
+_HOMES = {"FluxPipeline": ".pipeline", "accelerate": _DIFFUSERS, "restore": _DIFFUSERS}
+
+
+def explain(what: object = None, *args: object) -> list:
+    """What runs, and why not something else: for ops, or for a diffusers pipeline or model.
+
+    Args:
+        what: name of an op, or None for all of them (`ops.explain`); or a diffusers pipeline or
+            model (`integrations.diffusers.explain`).
+        args: the op's arguments.
+
+    Returns:
+        One row an op, or one row for each place of the model; both print as a table.
+    """
+    home = ".ops" if what is None or isinstance(what, str) else _DIFFUSERS
+    return import_module(home, __name__).explain(what, *args)
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,1 @@
+"""Where fluxkern's ops run inside models of other packages; no maths, only wiring."""

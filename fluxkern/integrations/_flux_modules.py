@@ -1,0 +1,416 @@
+"""diffusers' FLUX.1 modules with their elementwise chains and attention on `fluxkern.ops`.
+
+Each class is one of diffusers' or torch's with another `forward`: same name, parameters, children
+and signature, so an instance becomes one by its `__class__` alone. Every Linear is called, its
+weight is never read. A call that the ops cannot take goes to the original forward, with a reason.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.models import activations, normalization
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
+from diffusers.models.transformers import transformer_flux
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack
+
+from .. import ops
+
+log = logging.getLogger("fluxkern")
+
+
+@dataclass
+class Settings:
+    """What `accelerate` was asked for, kept by every module it changed.
+
+    Args:
+        backend: of every op; None leaves the choice to the ops.
+        strict: a call that would run the original code raises.
+        reason: why the last call ran the original code, None if it did not.
+        attention_reason: the same of the attention behind norm and rotation.
+    """
+
+    backend: str | None
+    strict: bool
+    reason: str | None = None
+    attention_reason: str | None = None
+
+
+@cache
+def warn_once(reason: str) -> None:
+    log.warning("diffusers' own code runs where %s", reason)
+
+
+@torch.compiler.assume_constant_result
+def _tell(reason: str, strict: bool) -> None:
+    # when compiled it runs once, while the call is traced
+    if strict:
+        raise NotImplementedError(f"strict: diffusers' own code would run: {reason}")
+    warn_once(reason)
+
+
+def hooked(module: nn.Module) -> str | None:
+    """The reason why `module` must be called, whatever its class computes."""
+    if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+        return f"a {type(module).__name__} has a hook"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return f"a {type(module).__name__} has a hook on its gradient"
+    return None
+
+
+def _layer_norm(norm: nn.Module) -> str | None:
+    if type(norm) is not nn.LayerNorm:
+        return f"a norm is {type(norm).__name__}, not LayerNorm"
+    if norm.weight is not None or norm.bias is not None:
+        return "a LayerNorm has weights"
+    return hooked(norm)
+
+
+def _same_kind(x: Tensor, *others: Tensor) -> str | None:
+    for other in others:
+        if other.dtype != x.dtype:
+            return f"tensors of {x.dtype} and {other.dtype} meet"
+        if other.device != x.device:
+            return f"tensors on {x.device} and {other.device} meet"
+    return None
+
+
+class Fused:
+    """A module that `accelerate` changed: `original` is its class before, `why_not` the reason
+    against the ops as the module stands."""
+
+    original: type[nn.Module]
+    _fluxkern: Settings
+
+    def why_not(self) -> str | None:
+        return None
+
+    @property
+    def backend(self) -> str | None:
+        return self._fluxkern.backend
+
+    def runs_original(self, reason: str | None, field: str = "reason") -> bool:
+        """Notes, and tells of, the reason why this call runs the original code."""
+        if not torch.compiler.is_compiling():
+            setattr(self._fluxkern, field, reason)
+        if reason is None:
+            return False
+        _tell(reason, self._fluxkern.strict)
+        return True
+
+
+# LayerNorm, scale and shift
+
+
+class _AdaLayerNorm(Fused):
+    def why_not(self) -> str | None:
+        if getattr(self, "emb", None) is not None:
+            return "a norm embeds timesteps of its own"
+        return _layer_norm(self.norm)
+
+    def chunks(self, x: Tensor, emb: Tensor | None, count: int) -> tuple[Tensor, ...] | None:
+        """`count` vectors [B, C] of the modulation; None where the original code is to run."""
+        reason = self.why_not() or _same_kind(x, emb)
+        if reason is None:
+            emb = self.linear(self.silu(emb))
+            reason = _same_kind(x, emb)
+        return None if self.runs_original(reason) else emb.chunk(count, dim=1)
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return ops.norm_modulate(x, scale, shift, eps=self.norm.eps, backend=self.backend)
+
+
+class AdaLayerNormZero(_AdaLayerNorm, normalization.AdaLayerNormZero):
+    original = normalization.AdaLayerNormZero
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor | None = None,
+        class_labels: torch.LongTensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        vectors = self.chunks(x, emb, 6)
+        if vectors is None:
+            return super().forward(x, timestep, class_labels, hidden_dtype, emb)
+        shift, scale, gate, *mlp = vectors
+        return self.modulated(x, scale, shift), gate, *mlp
+
+
+class AdaLayerNormZeroSingle(_AdaLayerNorm, normalization.AdaLayerNormZeroSingle):
+    original = normalization.AdaLayerNormZeroSingle
+
+    def forward(
+        self, x: torch.Tensor, emb: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        vectors = self.chunks(x, emb, 3)
+        if vectors is None:
+            return super().forward(x, emb)
+        shift, scale, gate = vectors
+        return self.modulated(x, scale, shift), gate
+
+
+class AdaLayerNormContinuous(_AdaLayerNorm, normalization.AdaLayerNormContinuous):
+    original = normalization.AdaLayerNormContinuous
+
+    def forward(self, x: torch.Tensor, conditioning_embedding: torch.Tensor) -> torch.Tensor:
+        vectors = self.chunks(x, conditioning_embedding, 2)
+        if vectors is None:
+            return super().forward(x, conditioning_embedding)
+        scale, shift = vectors
+        return self.modulated(x, scale, shift)
+
+
+# the MLPs' activation
+
+
+def _not_tanh(activation: nn.Module) -> str | None:
+    return None if activation.approximate == "tanh" else "a GELU is not in its tanh form"
+
+
+class GELU(Fused, activations.GELU):
+    original = activations.GELU
+
+    def why_not(self) -> str | None:
+        return _not_tanh(self)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.runs_original(self.why_not()):
+            return super().forward(hidden_states)
+        return ops.gelu_tanh(self.proj(hidden_states), backend=self.backend)
+
+
+class TanhGELU(Fused, nn.GELU):
+    original = nn.GELU
+
+    def why_not(self) -> str | None:
+        return _not_tanh(self)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.runs_original(self.why_not()):
+            return super().forward(input)
+        return ops.gelu_tanh(input, backend=self.backend)
+
+
+# attention
+
+
+def _intercepted() -> bool:
+    """Someone waits for torch's own attention to be called, as ParaAttention does, or replaced it,
+    as is done for SageAttention."""
+    if F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention:
+        return True
+    modes = _get_current_function_mode_stack()  # torch's own are those of devices and of export
+    return any(not type(mode).__module__.startswith("torch.") for mode in modes)
+
+
+class FluxAttention(Fused, transformer_flux.FluxAttention):
+    original = transformer_flux.FluxAttention
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        joint = encoder_hidden_states is not None
+        reason = self.why_not() or self._why_not_call(
+            hidden_states, joint, image_rotary_emb, kwargs
+        )
+        if self.runs_original(reason):
+            return super().forward(
+                hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
+            )
+        q, k, v = self._qkv(hidden_states, encoder_hidden_states, image_rotary_emb)
+        out = self._attend(q, k, v, attention_mask).flatten(2)  # [B, L, C]
+        if not joint:
+            return out
+        txt_len = encoder_hidden_states.shape[1]
+        txt, img = out[:, :txt_len], out[:, txt_len:]
+        img = self.to_out[1](self.to_out[0](img.contiguous()))
+        return img, self.to_add_out(txt.contiguous())
+
+    def norms(self) -> list[nn.Module]:
+        names = ("norm_added_q", "norm_added_k", "norm_q", "norm_k")
+        return [getattr(self, name) for name in names if hasattr(self, name)]
+
+    def why_not(self) -> str | None:
+        if type(self.processor) is not transformer_flux.FluxAttnProcessor:
+            return f"the attention processor is {type(self.processor).__name__}"
+        for norm in self.norms():
+            if type(norm) is not nn.RMSNorm or norm.weight is None:
+                return f"the norm of q and k is {type(norm).__name__}, not RMSNorm with weights"
+            if norm.eps is None or norm.eps != self.norm_q.eps:
+                return "the norms of q and k differ in eps"
+            if reason := hooked(norm):
+                return reason
+        return None
+
+    def _why_not_call(
+        self, x: Tensor, joint: bool, rotation: tuple[Tensor, Tensor] | None, kwargs: dict
+    ) -> str | None:
+        if reason := self.why_not():
+            return reason
+        if kwargs:
+            return f"joint_attention_kwargs hold {', '.join(sorted(kwargs))}"
+        if joint != (self.added_kv_proj_dim is not None):
+            return "attention is called with one stream where it has two, or two where it has one"
+        if not isinstance(rotation, tuple) or len(rotation) != 2 or rotation[0].ndim != 2:
+            return "attention is called without a table of rotations"
+        return _same_kind(x, *(norm.weight for norm in self.norms()))
+
+    def _qkv(
+        self, img: Tensor, txt: Tensor | None, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Joint q, k, v [B, L, H, D], text first, q and k normed and rotated."""
+        projected = transformer_flux._get_qkv_projections(self, img, txt)
+        streams = projected[:3] if txt is None else (*projected[3:], *projected[:3])
+        heads = [t.unflatten(-1, (-1, self.head_dim)) for t in streams]
+        weights = [norm.weight for norm in self.norms()]
+        cos, sin = (table[:, ::2] for table in rotation)  # diffusers holds each angle twice
+        settings = {"eps": self.norm_q.eps, "backend": self.backend}
+        if txt is not None:
+            return ops.joint_qk_norm_rope(*heads, *weights, cos, sin, **settings)
+        q, k, v = heads
+        return *ops.qk_norm_rope(q, k, *weights, cos, sin, **settings), v
+
+    def why_not_attention(self, mask: Tensor | None = None) -> str | None:
+        """The reason why diffusers' dispatch attends, behind our norm and rotation."""
+        processor, native = self.processor, AttentionBackendName.NATIVE
+        chosen = processor._attention_backend or _AttentionBackendRegistry._active_backend
+        if processor._parallel_config is not None:
+            return "attention is split over devices by diffusers' context parallelism"
+        if chosen != native:
+            return f"diffusers' attention backend {AttentionBackendName(chosen).value} is set"
+        if mask is not None:
+            return "attention has a mask"
+        return "another package intercepts torch's attention" if _intercepted() else None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if not self.runs_original(self.why_not_attention(mask), "attention_reason"):
+            return ops.attention(q, k, v, backend=self.backend)
+        return dispatch_attention_fn(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            backend=self.processor._attention_backend,
+            parallel_config=self.processor._parallel_config,
+        )
+
+
+# the blocks: residuals
+
+
+def _clipped(x: Tensor) -> Tensor:
+    """fp16 streams stay finite, as in diffusers."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+class FluxSingleTransformerBlock(Fused, transformer_flux.FluxSingleTransformerBlock):
+    original = transformer_flux.FluxSingleTransformerBlock
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        joint_attention_kwargs: dict | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.runs_original(_why_not_block(hidden_states, encoder_hidden_states, temb)):
+            return super().forward(
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
+        txt_len = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        h, gate = self.norm(x, emb=temb)
+        mlp = self.act_mlp(self.proj_mlp(h))
+        attn = self.attn(
+            hidden_states=h, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
+        )
+        y = self.proj_out(torch.cat([attn, mlp], dim=2))
+        x = _clipped(ops.gated_residual(x, y, gate, backend=self.backend))
+        return x[:, :txt_len], x[:, txt_len:]
+
+
+class FluxTransformerBlock(Fused, transformer_flux.FluxTransformerBlock):
+    original = transformer_flux.FluxTransformerBlock
+
+    def why_not(self) -> str | None:
+        return _layer_norm(self.norm2) or _layer_norm(self.norm2_context)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        joint_attention_kwargs: dict | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        reason = self.why_not() or _why_not_block(hidden_states, encoder_hidden_states, temb)
+        if self.runs_original(reason):
+            return super().forward(
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
+        img_h, *img_vectors = self.norm1(hidden_states, emb=temb)
+        txt_h, *txt_vectors = self.norm1_context(encoder_hidden_states, emb=temb)
+        img_attn, txt_attn, *ip_attn = self.attn(
+            hidden_states=img_h,
+            encoder_hidden_states=txt_h,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+        img = self._branches(hidden_states, img_attn, img_vectors, self.norm2, self.ff)
+        for added in ip_attn:
+            img = img + added
+        txt = self._branches(
+            encoder_hidden_states, txt_attn, txt_vectors, self.norm2_context, self.ff_context
+        )
+        return _clipped(txt), img
+
+    def _branches(
+        self, x: Tensor, attn: Tensor, vectors: list[Tensor], norm: nn.LayerNorm, ff: nn.Module
+    ) -> Tensor:
+        """A stream with its attention and its MLP added."""
+        gate, shift_mlp, scale_mlp, gate_mlp = vectors
+        x, h = ops.gated_residual_norm_modulate(
+            x, attn, gate, scale_mlp, shift_mlp, eps=norm.eps, backend=self.backend
+        )
+        return ops.gated_residual(x, ff(h), gate_mlp, backend=self.backend)
+
+
+def _why_not_block(img: Tensor, txt: Tensor, temb: Tensor) -> str | None:
+    device = img.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return "autocast gives residuals and branches dtypes of their own"
+    return _same_kind(img, txt, temb)
+
+
+FUSED = {
+    fused.original: fused
+    for fused in (
+        AdaLayerNormZero,
+        AdaLayerNormZeroSingle,
+        AdaLayerNormContinuous,
+        GELU,
+        TanhGELU,
+        FluxAttention,
+        FluxSingleTransformerBlock,
+        FluxTransformerBlock,
+    )
+}
+for fused in (FluxSingleTransformerBlock, FluxTransformerBlock):  # looked up by exact class
+    metadata = replace(TransformerBlockRegistry.get(fused.original))
+    TransformerBlockRegistry.register(fused, metadata)

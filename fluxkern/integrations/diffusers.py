@@ -1,0 +1,371 @@
+"""diffusers' FLUX.1 pipelines and models on `fluxkern.ops`: in place, reversible, same weights."""
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from types import MethodType
+from typing import TypeVar
+
+import torch
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.transformers import transformer_flux
+from torch import nn
+
+from .. import ops
+from ._flux_modules import FUSED, FluxAttention, Fused, Settings, warn_once
+
+T = TypeVar("T", bound=nn.Module | DiffusionPipeline)
+_ADD_NORM = "gated_residual_norm_modulate"
+PARTS = {  # class of a block -> path of a part ("" the block itself) -> its sites: name, kind, ops
+    transformer_flux.FluxTransformerBlock: {
+        "norm1": [("norm1", "norm", "norm_modulate")],
+        "norm1_context": [("norm1_context", "norm", "norm_modulate")],
+        "attn": [("attn", "attention", "joint_qk_norm_rope, attention")],
+        "": [
+            ("gate_msa", "gate", _ADD_NORM),
+            ("norm2", "norm", _ADD_NORM),
+            ("gate_mlp", "gate", "gated_residual"),
+            ("c_gate_msa", "gate", _ADD_NORM),
+            ("norm2_context", "norm", _ADD_NORM),
+            ("c_gate_mlp", "gate", "gated_residual"),
+        ],
+        "ff.net.0": [("ff.net.0", "gelu", "gelu_tanh")],
+        "ff_context.net.0": [("ff_context.net.0", "gelu", "gelu_tanh")],
+    },
+    transformer_flux.FluxSingleTransformerBlock: {
+        "norm": [("norm", "norm", "norm_modulate")],
+        "attn": [("attn", "attention", "qk_norm_rope, attention")],
+        "act_mlp": [("act_mlp", "gelu", "gelu_tanh")],
+        "": [("gate", "gate", "gated_residual")],
+    },
+    FluxTransformer2DModel: {"norm_out": [("norm_out", "norm", "norm_modulate")]},
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place of a model that an op can take: a row of `explain`.
+
+    Args:
+        name: path of the module, or of the block and diffusers' name of the gate.
+        kind: norm, gate, attention or gelu.
+        runs: the ops that run there, or "original".
+        backend: what they run on.
+        reason: why diffusers' own code runs, in whole or in part.
+    """
+
+    name: str
+    kind: str
+    runs: str
+    backend: str | None
+    reason: str | None
+
+    def __str__(self) -> str:
+        cells = f"{self.name:44} {self.kind:10} {self.runs:30} {self.backend or '-':10}"
+        return f"{cells} {self.reason or ''}".rstrip()
+
+
+class Sites(list[Site]):
+    """All sites of a model; as text, blocks that are alike stand on one line: 0-18."""
+
+    def __str__(self) -> str:
+        numbers: dict[Site, list[int]] = {}
+        for site in self:
+            number = re.search(r"(?<=\.)\d+(?=\.)", site.name)
+            row = replace(site, name=re.sub(r"(?<=\.)\d+(?=\.)", "%s", site.name, count=1))
+            numbers.setdefault(row, []).append(int(number[0]) if number else -1)
+        rows = (replace(r, name=r.name.replace("%s", _ranges(n))) for r, n in numbers.items())
+        return "\n".join(map(str, rows))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 1, 2, 5 as 0-2,5"""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def accelerate(obj: T, *, strict: bool = False, backend: str | None = None) -> T:
+    """Runs the FLUX.1 blocks of a diffusers pipeline or model on fluxkern's ops, in place.
+
+    Every LayerNorm with its scale and shift, gate with its residual, QK norm with its rotation,
+    attention and GELU becomes an op; all Linears stay and are called as before. What an op cannot
+    take runs diffusers' code, with one warning a reason; `explain` lists it. A second call changes
+    the settings.
+
+    Args:
+        obj: a pipeline, whose models are all looked at, or a model, wrapped or not.
+        strict: raise where diffusers' own code would run, now and in every later call.
+        backend: one of `fluxkern.ops.BACKENDS`, for every op; None lets each choose.
+
+    Returns:
+        obj.
+
+    Raises:
+        ValueError: obj holds no FLUX.1 block of diffusers; backend is not the name of one.
+        NotImplementedError: strict, and a site cannot run on ops; obj is left as it was.
+
+    Gradients: as the original's, to every parameter.
+    """
+    if backend is not None and backend not in ops.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
+    changed = [part.module for part in _parts(obj) if part.swap(Settings(backend, strict))]
+    sites = explain(obj)
+    left = {site.reason: site.name for site in sites if site.reason}
+    if all(site.runs == "original" for site in sites):
+        _restore(changed)
+        why = "; ".join(left) or "no block of a FLUX.1 transformer in it"
+        raise ValueError(f"nothing to accelerate in {type(obj).__name__}: {why}")
+    if strict and left:
+        _restore(changed)
+        rows = "; ".join(f"{name}: {reason}" for reason, name in left.items())
+        raise NotImplementedError(f"strict: diffusers' own code would run ({rows})")
+    for reason in left:
+        warn_once(reason)
+    return obj
+
+
+def restore(obj: T) -> T:
+    """Takes `accelerate` back: classes, forwards and attributes are what they were.
+
+    Args:
+        obj: what was given to `accelerate`, or anything that holds its modules.
+
+    Returns:
+        obj; unchanged where nothing was accelerated.
+    """
+    _restore([m for _, root in _roots(obj) for m in root.modules() if isinstance(m, Fused)])
+    return obj
+
+
+def explain(obj: nn.Module | DiffusionPipeline) -> Sites:
+    """What runs at every norm, gate, attention and GELU of a model's FLUX.1 blocks, and why.
+
+    Args:
+        obj: a diffusers pipeline or model, accelerated or not.
+
+    Returns:
+        One `Site` each; printed, a table with a line for the blocks that are alike.
+    """
+    device = getattr(obj, "_execution_device", None)  # a pipeline's, through its offload hooks
+    return Sites(site for part in _parts(obj) for site in part.sites_now(device))
+
+
+# what accelerate changes
+
+
+@dataclass
+class _Part:
+    """A module that can get another forward, and the sites that then run on ops."""
+
+    block: nn.Module
+    block_name: str
+    path: str
+    sites: list[tuple[str, str, str]]
+
+    @property
+    def module(self) -> nn.Module | None:
+        try:
+            return self.block.get_submodule(self.path)
+        except AttributeError:
+            return None
+
+    def why_not_swapped(self) -> str | None:
+        module = self.module
+        if module is None:
+            return f"{_name(self.block)} has no {self.path}"
+        if isinstance(module, Fused):
+            return None
+        if type(module) not in FUSED:
+            return f"{self.path or 'a block'} is {_name(module)}, which is not known"
+        if reason := _reasons_of_this_diffusers()[type(module)]:
+            return reason
+        if "forward" in module.__dict__ and not list(_captured(module)):
+            return f"the forward of a {_name(module)} was replaced on the instance"
+        return None
+
+    def swap(self, settings: Settings) -> bool:
+        """True if it now first runs on ops."""
+        if self.why_not_swapped() is not None:
+            return False
+        new = not isinstance(self.module, Fused)
+        if new:
+            _change_class(self.module, FUSED[type(self.module)])
+        self.module._fluxkern = settings
+        return new
+
+    def sites_now(self, device: torch.device | None) -> Iterator[Site]:
+        module = self.module
+        reason, partly = self.why_not_swapped(), None
+        if reason is None and not isinstance(module, Fused):
+            reason = "not accelerated"
+        if reason is None:
+            reason = module.why_not() or _last(module._fluxkern.reason)
+        if reason is None and isinstance(module, FluxAttention):
+            partly = module.why_not_attention() or _last(module._fluxkern.attention_reason)
+        for name, kind, runs in self.sites:
+            full = ".".join(filter(None, (self.block_name, name)))
+            if reason is not None:
+                yield Site(full, kind, "original", None, reason)
+                continue
+            runs = runs.removesuffix(", attention") if partly else runs
+            backend = module.backend or _chosen(runs, self.block, device)
+            yield Site(full, kind, runs, backend, partly)
+
+
+def _last(reason: str | None) -> str | None:
+    return reason and f"in the last call {reason}"
+
+
+def _name(module: nn.Module) -> str:
+    cls = type(module)
+    return f"{cls.__module__.partition('.')[0]}'s {cls.__name__}"
+
+
+def _roots(obj: nn.Module | DiffusionPipeline) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(obj, nn.Module):
+        yield "", obj
+    elif isinstance(obj, DiffusionPipeline):
+        modules = {n: c for n, c in obj.components.items() if isinstance(c, nn.Module)}
+        yield from modules.items()
+    else:
+        raise ValueError(
+            f"obj must be a diffusers pipeline or a torch module, got {type(obj).__name__}"
+        )
+
+
+def _parts(obj: nn.Module | DiffusionPipeline) -> Iterator[_Part]:
+    for root_name, root in _roots(obj):
+        for name, module in root.named_modules(prefix=root_name):
+            original = type(module).original if isinstance(module, Fused) else type(module)
+            for path, sites in PARTS.get(original, {}).items():
+                yield _Part(module, name, path, sites)
+
+
+# changing a class, and the bound forwards that hooks hold
+
+
+def _captured(module: nn.Module) -> Iterator[tuple[object, str]]:
+    """Where hooks of diffusers and accelerate keep the forward that they wrapped."""
+    registry = getattr(module, "_diffusers_hook", None)
+    for reference in getattr(registry, "_fn_refs", ()):
+        yield from ((reference, "forward"), (reference, "original_forward"))
+    yield from ((module, name) for name in ("_old_forward", "forward") if name in module.__dict__)
+
+
+def _change_class(module: nn.Module, new: type[nn.Module]) -> None:
+    old = type(module)
+    bound, forward = MethodType(old.forward, module), MethodType(new.forward, module)
+    places = [place for place in _captured(module) if getattr(*place) == bound]
+    module.__class__ = new
+    for holder, name in places:
+        setattr(holder, name, forward)
+
+
+def _restore(modules: list[nn.Module]) -> None:
+    for module in modules:
+        _change_class(module, type(module).original)
+        del module._fluxkern
+
+
+# does the installed diffusers compute what the ops compute?
+
+
+def _reasons_of_this_diffusers() -> dict[type[nn.Module], str | None]:
+    """Per class of diffusers None, or the reason why ours cannot stand in for it."""
+    processor = transformer_flux.FluxAttnProcessor.__call__
+    return _try_each(tuple(original.forward for original in FUSED), processor)
+
+
+@cache
+def _try_each(*_: object) -> dict[type[nn.Module], str | None]:
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with attention_backend("native"):
+            try:
+                model = _small_model()
+                expected = _run(model)
+            except Exception as error:  # whatever a diffusers that is not known may raise
+                return dict.fromkeys(FUSED, f"this diffusers is not the known one: {error}")
+            return {original: _difference(model, original, expected) for original in FUSED}
+
+
+def _small_model() -> FluxTransformer2DModel:
+    model = FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=2,  # the norm behind the last block hides its scale
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 6, 6),
+    ).float()
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.normal_(std=0.3, generator=generator)
+    return model.eval()
+
+
+def _run(model: FluxTransformer2DModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    img, txt, pooled = (
+        torch.randn(size, generator=generator) for size in ((2, 4, 4), (2, 3, 8), (2, 8))
+    )
+    ids = torch.arange(21.0).view(7, 3)
+    return model(img, txt, pooled, torch.tensor([0.3, 0.7]), ids[:4], ids[4:]).sample
+
+
+def _difference(
+    model: FluxTransformer2DModel, original: type[nn.Module], expected: torch.Tensor
+) -> str | None:
+    model = copy.deepcopy(model)
+    modules = [module for module in model.modules() if type(module) is original]
+    for module in modules:
+        _change_class(module, FUSED[original])
+        module._fluxkern = Settings(None, True)
+    try:
+        error = (_run(model) - expected).abs().max() / expected.abs().max()
+    except Exception as reason:  # likewise
+        return f"{original.__name__} of this diffusers is not the known one: {reason}"
+    if not modules or not error < 1e-4:
+        return f"{original.__name__} of this diffusers computes something else"
+    return None
+
+
+# which backend an op would choose
+
+
+def _chosen(names: str, block: nn.Module, device: torch.device | None) -> str:
+    backends = [_choice(name, block, device) for name in names.split(", ")]
+    return ", ".join(dict.fromkeys(backends))
+
+
+def _choice(op: str, block: nn.Module, device: torch.device | None) -> str:
+    weight = next(p for n, p in block.named_parameters() if "norm_q" in n)
+    device = device or weight.device
+    if device.type == "meta":
+        return ops.explain(op)[0].chosen or "none"
+    x, vec, q, w, cos = _inputs(weight.shape[0], weight.dtype, device)
+    args = {
+        "norm_modulate": (x, vec, vec, 1e-6),
+        "gated_residual": (x, x, vec),
+        _ADD_NORM: (x, x, vec, vec, vec, 1e-6),
+        "gelu_tanh": (x,),
+        "qk_norm_rope": (q, q, w, w, cos, cos, 1e-6),
+        "joint_qk_norm_rope": (q, q, q, q, q, q, w, w, w, w, cos, cos, 1e-6),
+        "attention": (q, q, q),
+    }
+    return ops.explain(op, *args[op])[0].chosen or "none"
+
+
+def _inputs(dim: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    sizes = {(1, 1, dim): dtype, (1, dim): dtype, (1, 1, 1, dim): dtype, (dim,): dtype}
+    sizes[(1, dim // 2)] = torch.float32
+    return [torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes.items()]
