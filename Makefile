@@ -43,8 +43,9 @@ test-build: $(VENV)/.installed
 sanitize: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m sanitize tests/test_sanitizers.py
 
+# all suites into benchmarks/results/<machine>; SUITE=ops, blocks or pipeline takes one
 bench: build
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/fluxkern bench $(if $(SUITE),--suite $(SUITE))
 
 # needs no virtual environment: python3 with torch, on a machine with a GPU
 gpu-check:

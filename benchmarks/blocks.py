@@ -152,10 +152,12 @@ class Pair:
             OURS: Provider(inputs.call_ours(self.kind, ours), limit, whole.our_parts),
         }
 
-    def measure(self, dtype: str, rounds: int = whole.ROUNDS) -> bench.Comparison:
+    def measure(
+        self, dtype: str, rounds: int = whole.ROUNDS, only: tuple[str, ...] | None = None
+    ) -> bench.Comparison:
         size = f"{self.sizes.img} + {self.sizes.txt} tokens, {self.sizes.hidden} wide"
-        providers = self.providers(dtype)
-        return whole.measure(f"{self.kind} block", size, dtype, providers, self.truth, rounds)
+        about = (f"{self.kind} block", size, dtype)
+        return whole.measure(*about, self.providers(dtype), self.truth, rounds, only)
 
 
 def memory(kind: str, dtype: str, provider: str, shape: str) -> dict:

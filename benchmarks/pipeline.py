@@ -38,7 +38,9 @@ class Pipelines:
             library.set_verbosity_error()
             library.disable_progress_bar()
         self.ours = FluxPipeline.from_pretrained("compact")
-        self.theirs = diffusers.FluxPipeline.from_pretrained(COMPACT_WEIGHTS, local_files_only=True)
+        self.theirs = diffusers.FluxPipeline.from_pretrained(
+            COMPACT_WEIGHTS, dtype=torch.float32, local_files_only=True
+        )
         self.theirs.set_progress_bar_config(disable=True)
         self.steps, size = steps, self.ours.default_size
         self.text_length = self.ours.text_encoder.max_sequence_length
@@ -83,7 +85,9 @@ class Pipelines:
             given["progress"] = False
         return lambda: (pipe(**given).images,)
 
-    def measure(self, what: str, rounds: int = whole.ROUNDS) -> bench.Comparison:
+    def measure(
+        self, what: str, rounds: int = whole.ROUNDS, only: tuple[str, ...] | None = None
+    ) -> bench.Comparison:
         torch_parts, our_parts = whole.torch_parts, whole.our_parts
         if what != WHOLES[0]:  # the VAE's convolutions are products too
             torch_parts = our_parts = None
@@ -95,7 +99,8 @@ class Pipelines:
             COMPILED: Provider(self.call(self.compiled(), what), LIMIT),
             OURS: Provider(self.call(self.ours, what), LIMIT, our_parts),
         }
-        return whole.measure(what, self.size, "fp32", providers, Truth(results, (start,)), rounds)
+        truth = Truth(results, (start,))
+        return whole.measure(what, self.size, "fp32", providers, truth, rounds, only)
 
     def levels(self) -> dict[str, float]:
         """How far our picture is from theirs, in levels of 255."""

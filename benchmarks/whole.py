@@ -177,6 +177,7 @@ def measure(
     providers: dict[str, Provider],
     truth: Truth,
     rounds: int = ROUNDS,
+    only: tuple[str, ...] | None = None,
 ) -> bench.Comparison:
     """Times diffusers and ours in turn and takes both apart.
 
@@ -187,14 +188,16 @@ def measure(
         providers: BASELINE among them.
         truth: what they are held to first.
         rounds: samples of each; 0 verifies and times nothing. Three where the baseline is slow.
+        only: names of providers; None takes all.
 
     Raises:
         WrongResult: a result is wrong, or an op of ours ran without its kernel.
     """
-    errors, skipped = verified(what, providers, truth)
+    named = {n: p for n, p in providers.items() if only is None or n in only}
+    errors, skipped = verified(what, named, truth)
     if not rounds:
         return bench.Comparison([], errors, skipped)
-    taken = {name: provider for name, provider in providers.items() if name not in skipped}
+    taken = {name: provider for name, provider in named.items() if name not in skipped}
     seconds, _ = bench.timed(taken[BASELINE].call)
     samples, note = bench.cpu_times(
         {name: provider.call for name, provider in taken.items()},

@@ -1,4 +1,4 @@
-"""The command line: generate, env, convert, train."""
+"""The command line: generate, env, bench, convert, train."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -127,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_env(commands)
+    _add_bench(commands)
     _add_convert(commands)
     _add_train(commands)
     return parser
@@ -496,6 +498,41 @@ def _environment_lines(found: dict[str, Any]) -> Iterator[str]:
     for op, choice in found["ops"].items():
         why = "; ".join(f"{name}: {reason}" for name, reason in choice["reasons"].items() if reason)
         yield f"{op:44} {choice['chosen'] or '-':10} {why}"
+
+
+# bench
+
+
+def _add_bench(commands: Any) -> None:
+    summary = "Measure ops, blocks and pipeline on this machine; needs a checkout of fluxkern."
+    command = _add_command(commands, _bench, "bench", summary)
+    add = command.add_argument
+    add("--suite", choices=("ops", "blocks", "pipeline"), help="one of them; all three")
+    add("--threads", type=int, metavar="N", help="of torch; as many as there are cores")
+    add("--json", metavar="FILE", help="the results of one --suite; benchmarks/results/MACHINE/")
+    add("--plots", metavar="DIR", help="draw what was measured there")
+    add("--report", action="store_true", help="measure nothing, write docs/performance.md")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    if args.json is not None and args.suite is None:
+        raise ValueError("--json FILE needs one --suite, got all")
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "suite.py").is_file():
+        raise ValueError("the benchmarks are not part of the package: run this in a checkout")
+    command = [sys.executable, "-m", "benchmarks.suite"]
+    for option in ("suite", "threads"):
+        value = getattr(args, option)
+        command += [f"--{option}", str(value)] if value is not None else []
+    for option in ("json", "plots"):
+        path = getattr(args, option)
+        command += [f"--{option}", str(Path(path).absolute())] if path is not None else []
+    command += ["--report"] * args.report
+    status = subprocess.run(command, cwd=root).returncode
+    if status:
+        raise RuntimeError(f"the benchmarks ended with exit status {status}, see above")
 
 
 # convert

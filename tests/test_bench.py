@@ -1,7 +1,6 @@
 """The timers and what they refuse: a wrong result, another backend, a shared core unmentioned."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -69,10 +68,7 @@ def test_a_slowdown_of_a_fifth_is_found():
     assert 1.1 < bench.ratio(samples["slow"], samples["fast"]) < 1.3
 
 
-def spin(core: int) -> None:
-    os.sched_setaffinity(0, {core})
-    while True:
-        pass
+SPIN = "import os; os.sched_setaffinity(0, {%d}); print(flush=True)\nwhile True: pass"
 
 
 def busy() -> None:
@@ -88,14 +84,13 @@ def shared_core() -> Iterator[None]:
         pytest.skip("this system does not say how long a thread has waited for a core")
     before = os.sched_getaffinity(0)
     core = min(before)
-    other = multiprocessing.get_context("spawn").Process(target=spin, args=(core,), daemon=True)
-    other.start()
-    os.sched_setaffinity(0, {core})
-    time.sleep(1)
-    yield
-    os.sched_setaffinity(0, before)
-    other.kill()
-    other.join()
+    command = [sys.executable, "-c", SPIN % core]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()  # it spins
+        os.sched_setaffinity(0, {core})
+        yield
+        os.sched_setaffinity(0, before)
+        other.kill()
 
 
 def test_samples_of_a_shared_core_are_called_disturbed(

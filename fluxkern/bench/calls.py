@@ -10,8 +10,8 @@ import torch
 
 from .. import ops
 from ..cases import CASES, Maker, Sizes
-from ..testing import in_schema_order, outputs, torch_op
-from .compare import DTYPES, private_op, reasons
+from ..testing import in_schema_order, torch_op
+from .compare import DTYPES, given, private_op, reasons
 from .timers import ROUNDS, Calls, cpu_times, spread
 
 
@@ -40,9 +40,7 @@ def routes(op: str, backend: str, args: dict[str, Any]) -> Calls:
     }
     private = private_op(op, backend)
     if private is not None:
-        found["private op"] = partial(
-            private, *positional[:-1], *outputs(public, args, backend=backend)
-        )
+        found["private op"] = partial(private, *given(op, args, backend))
     return found
 
 

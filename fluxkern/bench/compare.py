@@ -24,6 +24,7 @@ from ..testing import (
     leaves,
     meaning,
     outputs,
+    torch_op,
     widened,
 )
 from .timers import (
@@ -70,26 +71,31 @@ def watched() -> Iterator[dict[tuple[str, str], float]]:
     ran: dict[tuple[str, str], float] = defaultdict(float)
     registry, running = ops._dispatch._registry, []
 
-    def recording(name: str, backend: ops.Backend) -> ops.Backend:
+    def recording(called: Callable, *key: str) -> Callable:
         def run(*args: object) -> object:
-            running.append(name)
+            running.append(key)
             start = time.perf_counter()
             try:
-                return backend.run(*args)
+                return called(*args)
             finally:
                 seconds = time.perf_counter() - start
                 running.pop()
                 if not running:
-                    ran[name, backend.name] += seconds
+                    ran[key] += seconds
 
-        return replace(backend, run=run)
+        return run
+
+    def recorded(name: str, backend: ops.Backend | str) -> ops.Backend | str:
+        if isinstance(backend, str):  # why there is none
+            return backend
+        ways = {way: getattr(backend, way) for way in ("run", "write")}
+        key = (name, backend.name)
+        return replace(backend, **{w: c and recording(c, *key) for w, c in ways.items()})
 
     ops.explain()  # finds all backends
     before = {name: dict(found) for name, found in registry.items()}
     for name, found in before.items():
-        registry[name] = {
-            n: b if isinstance(b, str) else recording(name, b) for n, b in found.items()
-        }
+        registry[name] = {n: recorded(name, backend) for n, backend in found.items()}
     try:
         yield ran
     finally:
@@ -103,6 +109,13 @@ def private_op(op: str, backend: str) -> Callable | None:
     return packet.default if packet is not None else None
 
 
+def given(op: str, args: dict[str, Any], backend: str) -> tuple[object, ...]:
+    """What the private op of an op takes: its arguments, then its outputs, those of a call."""
+    *positional, _ = in_schema_order(op, args, backend)
+    out = torch_op(op)(*positional, backend)
+    return *positional, *(() if out is None else out if isinstance(out, tuple) else (out,))
+
+
 def kernels_alone(op: str, args: dict[str, Any], backends: Calls) -> Calls:
     """The forward without Python, checks and allocation: what is held against a copy on a CPU.
 
@@ -112,8 +125,9 @@ def kernels_alone(op: str, args: dict[str, Any], backends: Calls) -> Calls:
     for name in backends:
         kernel = None if name in BASELINES else private_op(op, name)
         if kernel is not None:
-            expected, out = (outputs(getattr(ops, op), args, backend=name) for _ in range(2))
-            found[f"{name} kernel"] = partial(kernel, *in_schema_order(op, args, name)[:-1], *out)
+            count = len(torch_op(op)._schema.returns)
+            expected, taken = given(op, args, name)[-count:], given(op, args, name)
+            found[f"{name} kernel"], out = partial(kernel, *taken), taken[-count:]
             for tensor in out:
                 tensor.fill_(float("nan"))
             found[f"{name} kernel"]()

@@ -1,0 +1,232 @@
+"""The plots of one machine's results: wholes, roofline, speed-up."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fluxkern import bench
+
+from . import report
+from .report import Results
+
+EAGER, COMPILED, OURS, KERNEL = "#9aa5b1", "#e0a030", "#1f6fb4", "#8fc1e3"
+COLOURS = {"diffusers": EAGER, "diffusers compiled": COMPILED, "fluxkern": OURS}
+KINDS = {"linears": "#1f6fb4", "attention": "#e0a030", "rest": "#c8ccd1"}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "x",
+    "grid.color": "#e6e8eb",
+    "legend.frameon": False,
+}
+
+
+def footer(data: dict[str, Any]) -> str:
+    machine = data["machine"]
+    return f"{report.about(machine)} · torch {machine['versions']['torch']} · {machine['commit']}"
+
+
+def save(figure: Figure, title: str, data: dict[str, Any], file: Path) -> None:
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.get_layout_engine().set(rect=(0, bottom := 0.2 / figure.get_figheight(), 1, 1 - bottom))
+    figure.text(0.995, bottom / 4, footer(data), ha="right", va="bottom", fontsize=7, color="#667")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def labelled(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+# wholes
+
+
+def groups(suites: Results) -> dict[str, list[dict[str, Any]]]:
+    """Label -> the rows of one comparison."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for suite in ("blocks", "pipeline"):
+        for row in suites.get(suite, {}).get("rows", []):
+            found.setdefault(f"{row['what']}\n{row['dtype']}", []).append(row)
+    return found
+
+
+def speeds(axes: Axes, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Bars from diffusers' speed on, and the bound as a line across them."""
+    for i, rows in enumerate(found.values()):
+        others = [row for row in rows if row["provider"] != "diffusers"]
+        height = 0.8 / len(others)
+        for j, row in enumerate(others):
+            y, x = i + (j - (len(others) - 1) / 2) * height, row["times"]["diffusers"]
+            axes.barh(y, x, 0.9 * height, color=COLOURS[row["provider"]])
+            ink = "white" if row["provider"] == "fluxkern" else "black"
+            axes.text(x, y, f"{x:.2f} ", ha="right", va="center", fontsize=8, color=ink)
+        bound = rows[0]["of_bound"] and 1 / rows[0]["of_bound"]
+        if bound:
+            axes.plot([bound, bound], [i - 0.45, i + 0.45], color="#c0392b", lw=1.6)
+    axes.axvline(1, color="#556", lw=1)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("times the speed of diffusers eager")
+    labelled(axes, list(found))
+    names = ("diffusers compiled", "fluxkern")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
+    handles.append(plt.Line2D([], [], color="#c0392b", lw=1.6))
+    axes.legend(
+        handles, [*names, "Amdahl bound"], loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=3
+    )
+
+
+def shares(axes: Axes, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Time by kind in terms of diffusers' whole, theirs above ours."""
+    for i, rows in enumerate(found.values()):
+        apart = [row for row in rows if row["parts"]]
+        for j, row in enumerate(apart):
+            y, left = i + (j - (len(apart) - 1) / 2) * 0.4, 0.0
+            for kind, colour in KINDS.items():
+                width = row["parts"][kind] / row["times"]["diffusers"]
+                axes.barh(y, width, 0.34, left=left, color=colour)
+                if width >= 0.05:
+                    said, ink = f"{row['parts'][kind]:.0%}", "white" if left == 0 else "black"
+                    middle = {"ha": "center", "va": "center", "fontsize": 7}
+                    axes.text(left + width / 2, y, said, color=ink, **middle)
+                left += width
+            axes.text(left, y, f" {row['provider']}", va="center", fontsize=8)
+    axes.set_xlim(0, 1.3)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_xlabel("time, in terms of diffusers eager; in the bars, share of the provider's own")
+    labelled(axes, list(found))
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in KINDS.values()]
+    axes.legend(handles, KINDS, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=3)
+
+
+def wholes(suites: Results, file: Path) -> None:
+    found = groups(suites)
+    size = (12, 1.9 + 0.75 * len(found))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
+    speeds(left, found)
+    shares(right, {label: rows for label, rows in found.items() if rows[0]["parts"]})
+    save(
+        figure,
+        "Blocks and pipeline against diffusers",
+        suites.get("blocks", suites.get("pipeline")),
+        file,
+    )
+
+
+# ops
+
+
+def panels(rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, dict[str, dict]]]]:
+    """Title -> op -> provider -> row, of each direction and dtype."""
+    found: dict[str, dict[str, dict[str, dict]]] = {}
+    for (op, direction, dtype), by in report.comparisons(rows).items():
+        if report.ours(by):
+            found.setdefault(f"{direction}, {dtype}", {})[op] = by
+    yield from sorted(found.items(), key=lambda item: (item[0].split(",")[0] != "forward", item[0]))
+
+
+def grid(rows: list[dict[str, Any]]) -> tuple[Figure, Iterator[tuple[Axes, str, dict]]]:
+    shown = list(panels(rows))
+    columns = 2 if len(shown) > 1 else 1
+    lines = -(-len(shown) // columns)
+    most = [
+        max(len(ops) for _, ops in shown[i * columns : (i + 1) * columns]) for i in range(lines)
+    ]
+    figure, axes = plt.subplots(
+        *(lines, columns),
+        figsize=(6.4 * columns, 1.2 * lines + 0.42 * sum(most)),
+        layout="constrained",
+        height_ratios=[count + 1 for count in most],
+        squeeze=False,
+    )
+    for spare in axes.flat[len(shown) :]:
+        spare.set_visible(False)
+    return figure, ((a, title, ops) for a, (title, ops) in zip(axes.flat, shown, strict=False))
+
+
+def marks(by: dict[str, dict]) -> Iterator[tuple[float, str, str, str]]:
+    """Share, marker, colour and name of each provider."""
+    name = report.ours(by)[0]
+    if f"{name} kernel" in by:
+        yield by[f"{name} kernel"]["share"], "D", KERNEL, "our kernel alone"
+    for provider, marker, colour, label in (
+        ("eager", "o", EAGER, "eager"),
+        ("compile", "s", COMPILED, "torch.compile"),
+        (name, "D", OURS, "fluxkern"),
+    ):
+        if provider in by:
+            yield by[provider]["share"], marker, colour, label
+
+
+def roofline(data: dict[str, Any], file: Path) -> None:
+    figure, cells = grid(data["rows"])
+    named = {}
+    for axes, title, found in cells:
+        for i, by in enumerate(found.values()):
+            drawn = list(marks(by))
+            axes.plot([0, max(x for x, *_ in drawn)], [i, i], color="#d5d9de", lw=1, zorder=1)
+            for x, marker, colour, label in drawn:
+                named[label] = axes.scatter(x, i, 42, color=colour, marker=marker, zorder=2)
+        axes.axvline(1, color="#c0392b", lw=1.2)
+        axes.axvline(0.8, color="#c0392b", lw=0.8, ls=":")
+        axes.set_xlim(0, max(1.1, axes.get_xlim()[1]))
+        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+        axes.set_title(title, loc="left", fontsize=10)
+        labelled(axes, list(found))
+    order = [n for n in ("eager", "torch.compile", "fluxkern", "our kernel alone") if n in named]
+    figure.legend([named[n] for n in order], order, loc="outside lower center", ncols=4)
+    save(figure, "Share of the ceiling: copy bandwidth or matrix rate (dotted: 80 %)", data, file)
+
+
+def speed_up(data: dict[str, Any], file: Path) -> None:
+    figure, cells = grid(data["rows"])
+    for axes, title, found in cells:
+        for i, by in enumerate(found.values()):
+            times = by[report.ours(by)[0]]["times"]
+            for j, (baseline, colour) in enumerate(
+                zip(bench.BASELINES, (EAGER, COMPILED), strict=True)
+            ):
+                if baseline in times:
+                    y = i + (j - 0.5) * 0.38
+                    axes.barh(y, times[baseline] - 1, 0.34, left=1, color=colour)
+                    axes.text(
+                        max(times[baseline], 1),
+                        y,
+                        f" {times[baseline]:.1f}",
+                        va="center",
+                        fontsize=7,
+                    )
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(right=axes.get_xlim()[1] * 1.25)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.axvline(1, color="#556", lw=1)
+        axes.set_title(title, loc="left", fontsize=10)
+        labelled(axes, list(found))
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (EAGER, COMPILED)]
+    figure.legend(handles, ("eager", "torch.compile"), loc="outside lower center", ncols=2)
+    save(figure, "How many times faster fluxkern is than", data, file)
+
+
+def draw(name: str, suites: Results, folder: Path) -> None:
+    """Every plot that the report names for these results."""
+    with plt.rc_context(STYLE):
+        for file in report.plots_of(name, suites):
+            match file.removeprefix(f"{name}-"):
+                case "wholes.png":
+                    wholes(suites, folder / file)
+                case "roofline.png":
+                    roofline(suites["ops"], folder / file)
+                case "speed-up.png":
+                    speed_up(suites["ops"], folder / file)
