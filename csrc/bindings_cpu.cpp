@@ -9,9 +9,20 @@ namespace {
 namespace kernels = fluxkern::cpu;
 using kernels::Isa;
 
-constexpr const char* ISA_NAMES[] = {"baseline", "avx2", "avx512"};
+struct Level {
+    const char* name;
+    Isa isa;
+    bool vnni;
+};
 
-bool runs_here(Isa isa) {
+constexpr Level LEVELS[] = {  // ascending
+    {"baseline", Isa::baseline, false},
+    {"avx2", Isa::avx2, false},
+    {"avx512", Isa::avx512, false},
+    {"avx512-vnni", Isa::avx512, true},
+};
+
+bool has(Isa isa) {
 #ifdef __x86_64__
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
@@ -24,8 +35,24 @@ bool runs_here(Isa isa) {
     return isa == Isa::baseline;
 }
 
-Isa best_isa() {
-    return runs_here(Isa::avx512) ? Isa::avx512 : runs_here(Isa::avx2) ? Isa::avx2 : Isa::baseline;
+bool has_vnni() {
+#ifdef __x86_64__
+    return __builtin_cpu_supports("avx512vnni");
+#else
+    return false;
+#endif
+}
+
+bool runs_here(const Level& level) {
+    return has(level.isa) && (!level.vnni || has_vnni());
+}
+
+const Level& best_level() {
+    const Level* best = LEVELS;
+    for (const Level& level : LEVELS) {
+        if (runs_here(level)) best = &level;
+    }
+    return *best;
 }
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain,
@@ -33,7 +60,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain,
     STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, range, state));
 }
 
-kernels::Context context = {best_isa(), parallel_for};
+kernels::Context context = {best_level().isa, best_level().vnni, parallel_for};
 
 template <class Launch>
 void run(const torch::stable::Tensor&, const Launch& launch) {
@@ -47,23 +74,28 @@ void run(const torch::stable::Tensor&, const Launch& launch) {
 #include "bindings_group_norm.h"
 #include "bindings_heads.h"
 #include "bindings_attention.h"
+#include "bindings_linear_int8.h"
 #include "bindings_modulation.h"
 
 namespace fluxkern::bindings {
 namespace {
 
 void set_isa(std::string name) {
-    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
-        if (name != ISA_NAMES[int(isa)]) continue;
-        STD_TORCH_CHECK(runs_here(isa), "this machine has no ", name);
-        context.isa = isa;
+    for (const Level& level : LEVELS) {
+        if (name != level.name) continue;
+        STD_TORCH_CHECK(runs_here(level), "this machine has no ", name);
+        context.isa = level.isa;
+        context.vnni = level.vnni;
         return;
     }
-    STD_TORCH_CHECK(false, "name must be baseline, avx2 or avx512, got ", name);
+    STD_TORCH_CHECK(false, "name must be baseline, avx2, avx512 or avx512-vnni, got ", name);
 }
 
 std::string isa() {
-    return ISA_NAMES[int(context.isa)];
+    for (const Level& level : LEVELS) {
+        if (level.isa == context.isa && level.vnni == context.vnni) return level.name;
+    }
+    return "";
 }
 
 void stream_copy(const Tensor& source, const Tensor& target) {
@@ -87,6 +119,7 @@ STABLE_TORCH_LIBRARY(fluxkern_cpu, library) {
     define_ops(library, GELU_OPS);
     define_ops(library, GROUP_NORM_OPS);
     define_ops(library, MODULATION_OPS);
+    define_ops(library, LINEAR_INT8_OPS);
     library.def("_stream_copy(Tensor source, Tensor(a!) target) -> ()");
     library.def("_set_isa(str name) -> ()");
     library.def("_isa() -> str");
@@ -100,6 +133,7 @@ STABLE_TORCH_LIBRARY_IMPL(fluxkern_cpu, CPU, library) {
     implement_ops(library, GELU_OPS);
     implement_ops(library, GROUP_NORM_OPS);
     implement_ops(library, MODULATION_OPS);
+    implement_ops(library, LINEAR_INT8_OPS);
     library.impl("_stream_copy", TORCH_BOX(&stream_copy));
 }
 

@@ -179,6 +179,14 @@ def _linear(m: Maker) -> dict[str, Any]:
     return {"x": m.tokens(), "weight": weight, "bias": bias, "activation": "gelu_tanh"}
 
 
+def _linear_int8(m: Maker) -> dict[str, Any]:
+    args = _linear(m)
+    weight = args.pop("weight").float()
+    scale = weight.abs().amax(1) / 127
+    quantised = (weight / scale[:, None]).round().to(torch.int8)
+    return {"x": args.pop("x"), "weight": quantised, "weight_scale": scale, **args}
+
+
 def _modulation(m: Maker) -> dict[str, Any]:
     hidden = m.sizes.hidden
     weight = m.normal(6 * hidden, hidden) * hidden**-0.5
@@ -324,6 +332,14 @@ CASES = {
         lambda s: 5 * s.stream + 4 * s.hidden**2,
         None,
         "reads x and the weight, writes 4 C a token; 2 x 4 C x C a token",
+        lambda s: 8 * s.stream * s.hidden,
+        ("cpu",),
+    ),
+    "linear_int8": Case(
+        _linear_int8,
+        lambda s: 5 * s.stream + 4 * s.hidden**2,
+        None,
+        "as linear; the weight's elements are a byte each",
         lambda s: 8 * s.stream * s.hidden,
         ("cpu",),
     ),

@@ -359,6 +359,46 @@ def linear_(
     out.add_(y) if add else out.copy_(y)
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """8 bits a row, x = scale * (q - zero), in fp32 whatever the dtype, so that all agree on q."""
+    x = x.float()
+    low = x.amin(-1, keepdim=True).clamp(max=0)
+    high = x.amax(-1, keepdim=True).clamp(min=0)
+    scale = high / 254 - low / 254
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0, scale)
+    zero = torch.where(scale == 0, 0, -127 - (low / scale).round())
+    q = (x * torch.where(scale == 0, 0, 1 / scale)).round() + zero
+    return q.clamp(-127, 127), zero, scale
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+) -> Tensor:
+    q, zero, scale = quantize_rows(x)
+    product = (q - zero).double() @ weight.double().t()  # whole numbers below 2^53: exact
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = product.to(wide) * (scale.to(wide) * weight_scale.to(wide))
+    out = out if bias is None else out + bias
+    return (gelu_tanh(out) if activation == "gelu_tanh" else out).to(x.dtype)
+
+
+def linear_int8_(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    add: bool = False,
+) -> None:
+    y = linear_int8(x, weight, weight_scale, bias, activation)
+    out.add_(y) if add else out.copy_(y)
+
+
 def modulation(vec: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(F.silu(vec), weight, bias).unsqueeze(-2)  # [..., B, 1, chunks * C]
 

@@ -17,7 +17,7 @@ COMPILED = [
     for op in CASES
     if _dispatch.load_reason("cpu") is None and hasattr(KERNELS, op)  # linear is torch's
 ]
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512-vnni")
 LENGTHS = [(1, 1), (5, 300), (95, 192), (96, 12), (97, 193), (200, 1)]  # queries, keys
 HEAD_DIMS = [1, 2, 31, 64, 66, 128, 160]
 

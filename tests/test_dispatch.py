@@ -128,6 +128,9 @@ def test_explain_refuses_an_unknown_op_with_the_known_ones():
         explain("softmax")
 
 
+WITH_OUT = ("linear_", "linear_int8_")  # the forms that write into a tensor of the caller
+
+
 def test_explain_has_a_row_for_every_op_that_takes_a_backend():
     takes_backend = {
         name
@@ -139,7 +142,7 @@ def test_explain_has_a_row_for_every_op_that_takes_a_backend():
     rows = fluxkern.explain()
     names = [row.op for row in rows]
     backward = {name for name in names if name.endswith("_backward")}
-    assert names == sorted(takes_backend | backward | {OP, "linear_"})  # linear's form with out
+    assert names == sorted(takes_backend | backward | {OP, *WITH_OUT})
     assert {name.removesuffix("_backward") for name in backward} <= takes_backend
     assert len(takes_backend) >= 16
     for row in rows:

@@ -130,6 +130,18 @@ def true_linear(x, weight, bias, activation):
     return true_gelu_tanh(out) if activation else out
 
 
+def true_linear_int8(x, weight, weight_scale, bias, activation):
+    out = np.empty((*x.shape[:2], len(weight)))
+    for b, token in np.ndindex(x.shape[:2]):
+        row = x[b, token].astype(np.float32)  # its 8 bits are chosen in fp32
+        low, high = min(row.min(), np.float32(0)), max(row.max(), np.float32(0))
+        step = high / np.float32(254) - low / np.float32(254)
+        zero = -127 - np.rint(low / step)
+        q = np.clip(np.rint(row * (np.float32(1) / step)) + zero, -127, 127)
+        out[b, token] = np.float64(step) * weight_scale * (weight @ (q - zero)) + bias
+    return true_gelu_tanh(out) if activation else out
+
+
 def true_modulation(vec, weight, bias, chunks):
     out = (silu(vec) @ weight.T + bias)[..., None, :]
     return tuple(np.split(out, chunks, -1))
@@ -157,6 +169,7 @@ TRUTHS = {
     "joint_norm_modulate": true_joint_norm_modulate,
     "joint_qk_norm_rope": true_joint_qk_norm_rope,
     "linear": true_linear,
+    "linear_int8": true_linear_int8,
     "modulation": true_modulation,
     "norm_modulate": true_norm_modulate,
     "qk_norm_rope": true_qk_norm_rope,
@@ -164,6 +177,7 @@ TRUTHS = {
     "rope_attention": true_rope_attention,
 }
 FUNCTIONAL = [name for name in CASES if name != "qk_norm_rope_"]
+DIFFERENTIABLE = [name for name in FUNCTIONAL if name != "linear_int8"]
 KEYWORD_ONLY = ("activation",)
 
 
@@ -206,7 +220,7 @@ def differentiable(args: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_public_op_has_a_case_and_a_truth():
     others = {"BACKENDS", "Backend", "Choice", "compiled_kernels", "explain", "register"}
-    others.add("timestep_embedding")
+    others |= {"timestep_embedding", "quantize_int8"}
     assert set(CASES) == set(TRUTHS) == set(ops.__all__) - others
 
 
@@ -247,7 +261,7 @@ def test_op_leaves_its_inputs_unwritten(name: str):
         assert torch.equal(args[key], value), key
 
 
-@pytest.mark.parametrize("name", FUNCTIONAL)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_agree_with_finite_differences(name: str):
     args = differentiable(make(name, TINY, torch.float64))
     leaves = {key: v for key, v in args.items() if isinstance(v, Tensor) and v.requires_grad}
@@ -263,7 +277,7 @@ def gradients(out: tuple[Tensor, ...], args: dict[str, Any]) -> list[Tensor]:
     return list(torch.autograd.grad(sum(t.square().sum() for t in out), leaves))
 
 
-@pytest.mark.parametrize("name", FUNCTIONAL)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_compiled_op_equals_eager(name: str):
     args = differentiable(make(name, Sizes(), torch.float32))
     torch._dynamo.reset()
@@ -326,7 +340,10 @@ def test_a_wrong_rank_is_refused_by_name_with_the_shape(name: str, argument: str
 
 @pytest.mark.parametrize("name, argument", tensor_arguments())
 def test_a_wrong_dtype_is_refused_by_name_with_both_dtypes(name: str, argument: str):
-    if argument in ("cos", "sin"):
+    if (name, argument) == ("linear_int8", "weight"):
+        message = refusal(name, weight=good(name, argument).double())
+        expected = "weight must be torch.int8, got torch.float64"
+    elif argument in ("cos", "sin", "weight_scale"):
         message = refusal(name, **{argument: good(name, argument).bfloat16()})
         expected = f"{argument} must be torch.float32 or torch.float64, got torch.bfloat16"
     else:

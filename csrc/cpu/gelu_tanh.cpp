@@ -3,20 +3,13 @@
 // Bytes: forward 2 B L C elements; backward 3 B L C.
 // Accumulation: fp32, rounded once; one power of 2 and one reciprocal an element.
 // Limits: none; rows that are no multiple of a vector or misaligned are stored through the caches.
-#include "exp.h"
+#include "gelu.h"
 #include "rows.h"
 
 namespace fluxkern::cpu::FLUXKERN_ISA {
 namespace {
 
-constexpr float C1 = 0.7978845608028654f, C3 = 0.044715f;  // sqrt(2 / pi)
-constexpr float A = -2 * C1 * 1.4426950408889634f, B = A * C3;  // -2 u log2(e) = A x + B x^3
-
-// Below -9 the result is below 1e-26, above 9 the sigmoid is 1.
-FLUXKERN_INLINE Vec gelu(Vec x) {
-    x = at_least(-9, x);
-    return x * reciprocal(1 + exp2(at_least(-126, x * (all(A) + x * x * B))));
-}
+using namespace gelu_constants;
 
 // s + 2 x s (1 - s) u', s = 1 / (1 + e), 1 - s = e s
 FLUXKERN_INLINE Vec slope(Vec x) {

@@ -22,6 +22,7 @@ enum class Isa { baseline, avx2, avx512 };
 
 struct Context {
     Isa isa;
+    bool vnni;  // AVX512-VNNI, which not every avx512 has
     // Calls range on parts of [begin, end), none smaller than grain, on the threads of torch.
     void (*parallel_for)(int64_t begin, int64_t end, int64_t grain,
                          void (*range)(int64_t begin, int64_t end, void* state), void* state);
@@ -94,6 +95,9 @@ FLUXKERN_KERNEL(group_norm_silu_backward, DType, Images dy, Images x, const void
                 float eps, float* scratch, const Context&)
 FLUXKERN_KERNEL(modulation, DType, Tokens vec, Rows weight, const void* bias, Rows out,
                 const MatrixSizes&, float* scratch, const Context&)
+FLUXKERN_KERNEL(linear_int8, DType, Tokens x, Rows weight, const float* weight_scale,
+                const void* bias, bool gelu, bool add, Tokens out, const MatrixSizes&,
+                const Context&)
 FLUXKERN_KERNEL(stream_copy, const void* source, void* target, int64_t bytes, const Context&)
 
 // Tokens of one stream of one batch element, so many that no sum depends on the threads.

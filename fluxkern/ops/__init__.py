@@ -10,6 +10,7 @@ from .gated_residual_norm_modulate import (
 from .gelu_tanh import gelu_tanh
 from .group_norm_silu import group_norm_silu
 from .linear import linear
+from .linear_int8 import linear_int8, quantize_int8
 from .modulation import modulation
 from .norm_modulate import joint_norm_modulate, norm_modulate
 from .qk_norm_rope import joint_qk_norm_rope, qk_norm_rope, qk_norm_rope_
@@ -33,10 +34,12 @@ __all__ = [
     "joint_norm_modulate",
     "joint_qk_norm_rope",
     "linear",
+    "linear_int8",
     "modulation",
     "norm_modulate",
     "qk_norm_rope",
     "qk_norm_rope_",
+    "quantize_int8",
     "register",
     "rope_attention",
     "timestep_embedding",

@@ -178,7 +178,7 @@ def _refusal(device: str, args: tuple) -> str | None:
         if isinstance(arg, Tensor):
             if not getattr(arg, here):
                 return f"takes tensors on {device}, got {arg.device}"
-            if arg.dtype not in DTYPES:
+            if arg.dtype not in DTYPES and arg.dtype != torch.int8:  # a weight's
                 return f"takes float32, bfloat16 and float16, got {arg.dtype}"
     return None
 
