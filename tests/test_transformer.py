@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxkern.checkpoint import flux_to_diffusers
 from fluxkern.model.transformer import (
@@ -292,17 +295,107 @@ def test_gradient_reaches_every_parameter_and_input(guidance: bool):
         assert tensor.grad is not None and tensor.grad.abs().sum() > 0, name
 
 
-@torch.no_grad()
-def test_compiled_model_equals_eager_and_is_not_compiled_again_for_another_picture_size():
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+def test_compiled_model_equals_eager_and_is_not_compiled_again_for_another_picture_size(
+    gradients: bool,
+):
     torch._dynamo.reset()
     model = random_flux(SMALLEST)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    more = torch._dynamo.config.patch(error_on_recompile=True)
+    with more, torch.set_grad_enabled(gradients):
         for ids in (grid(3, 5), grid(5, 4)):
             args = inputs(SMALLEST, ids=ids)
             torch._dynamo.mark_dynamic(args["img"], 1)
             torch._dynamo.mark_dynamic(args["img_ids"], 0)
-            assert distance(compiled(**args), model(**args)) <= 1e-6
+            velocity = compiled(**args)
+            assert velocity.requires_grad == gradients
+            assert distance(velocity.detach(), model(**args).detach()) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_writing_into_joint_buffers_gives_the_bits_of_the_path_with_gradients(
+    batch: int, dtype: torch.dtype
+):
+    block = random_flux(SMALLEST).double_blocks[0].to(dtype)
+    ids = torch.cat((torch.zeros(5, 3), grid(3, 4)))
+    cos, sin = rope_tables(ids, TINY.axes_dim, TINY.theta)
+    stream = Stream(torch.randn(batch, 17, TINY.hidden_size, dtype=dtype), 5)
+    h = torch.randn_like(stream.x)
+    functional = block._qkv(stream, h, cos, sin)
+    assert not stream.buffers
+    with torch.no_grad():
+        in_place = block._qkv(stream, h, cos, sin)
+    joint = stream.buffers["qkv"].untyped_storage().data_ptr()
+    for found, expected in zip(in_place, functional, strict=True):
+        assert found.untyped_storage().data_ptr() == joint
+        assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_inference_and_training_agree():
+    model, args = random_flux(TINY), inputs(TINY)
+    velocity = model(**args)
+    with torch.enable_grad():
+        assert distance(velocity, model(**args).detach()) <= 1e-6
+
+
+class Launches(TorchDispatchMode):
+    """What runs on the device beside matrix products and attention, by name.
+
+    GELU counts although a product can have it as its epilogue, and so does what norms and rotates
+    before the attention of a single block.
+    """
+
+    SILENT = re.compile(r"prim::device|aten::(new_)?empty(\.|$)")
+    PRODUCTS = {"fluxkern::linear", "fluxkern::linear_", "fluxkern::modulation"}
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.memory = Counter(), 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        name, arguments = op.name(), op._schema.arguments
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in op._schema.returns)
+        named = dict(zip((a.name for a in arguments), args, strict=False))
+        if name in self.PRODUCTS:
+            self.counts["gelu_tanh"] += named.get("activation") == "gelu_tanh"
+        elif name == "fluxkern::rope_attention":
+            self.counts["qk_norm_rope"] += 1
+        elif name != "fluxkern::attention" and not is_view and not self.SILENT.match(name):
+            self.counts[name] += 1
+        self.memory += name == "aten::new_empty"
+        return op(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def launches(depth: int, singles: int) -> Launches:
+    """Of one step of a model of FLUX.1's size at 1024 x 1024 pixels."""
+    config = replace(CONFIGS["dev"], depth=depth, depth_single_blocks=singles)
+    with FakeTensorMode():
+        model = Flux(config)
+        args = inputs(config, batch=1, txt=512, ids=torch.zeros(64 * 64, 3))
+        ids, times = (args["img_ids"], args["txt_ids"]), args["timesteps"][None]
+        (workspace,) = model.workspaces(*ids, times, args["y"], args["guidance"])
+        with Launches() as found:
+            model(**args, workspace=workspace)
+    return found
+
+
+def test_every_launch_beside_products_and_attention_is_ours_and_they_are_few():
+    one = launches(1, 1)
+    double = launches(2, 1).counts - one.counts
+    single = launches(1, 2).counts - one.counts
+    residual_and_norm = "fluxkern::joint_gated_residual_norm_modulate"
+    assert double == {residual_and_norm: 2, "fluxkern::qk_norm_rope_": 1, "gelu_tanh": 2}
+    assert single == {residual_and_norm: 1, "qk_norm_rope": 1, "gelu_tanh": 1}
+    rest = one.counts - double - single
+    assert rest == {"fluxkern::joint_norm_modulate": 1, "fluxkern::gated_residual_norm_modulate": 1}
+
+
+def test_further_blocks_take_no_memory_for_their_products():
+    assert launches(3, 1).memory == launches(1, 3).memory == launches(1, 1).memory > 0
 
 
 # what is computed ahead

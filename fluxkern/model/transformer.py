@@ -376,7 +376,8 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, stream: Stream, mod: Vectors, cos: Tensor, sin: Tensor) -> None:
         """Adds its branch to the stream."""
-        h = stream.norm(mod[:2], mod[:2])
+        twin = tuple(t.view_as(t) for t in mod)  # a compiled Function takes no tensor twice
+        h = stream.norm(mod[:2], twin[:2])
         qkv_layer, mlp_layer = _row_parts(self.linear1, self.rows)
         qkv = _split_heads(stream.linear("qkv", h, qkv_layer), self.num_heads)
         attn = ops.rope_attention(*qkv, *self.norm.weights, cos, sin).flatten(2)
@@ -387,7 +388,7 @@ class SingleStreamBlock(nn.Module):
             y = y + _linear(mlp, mlp_layer)
         else:
             _linear(mlp, mlp_layer, out=y, add=True)
-        stream.add(y, mod[2], mod[2])
+        stream.add(y, mod[2], twin[2])
 
 
 class LastLayer(nn.Module):
