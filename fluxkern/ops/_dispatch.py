@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import measured
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which they are tried
 NAMED_ONLY = ("cuda-host",)  # the CUDA sources run on a CPU, for tests
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of every kernel
@@ -61,9 +63,13 @@ class Choice:
     op: str
     chosen: str | None
     reasons: dict[str, str | None]  # backend -> None (can run) or the reason
+    times: dict[str, float] | None = None  # backend -> microseconds: the order was measured
 
     def __str__(self) -> str:
         why = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items() if reason)
+        if self.times:
+            times = ", ".join(f"{name} {us:.4g} us" for name, us in self.times.items())
+            why = f"measured: {times}" + (f"; {why}" if why else "")
         return f"{self.op:44} {self.chosen or '-':10} {why}"
 
 
@@ -318,8 +324,19 @@ def _reason(op: str, name: str, args: tuple, named: bool) -> str | None:
     return backend.unsupported(*args) or (None if named else backend.only_named)
 
 
+def _order(times: dict[str, float] | None) -> tuple[str, ...]:
+    """Those measured, fastest first, then the others as always."""
+    if not times:
+        return BACKENDS
+    known = tuple(name for name in times if name in BACKENDS)
+    return known + tuple(name for name in BACKENDS if name not in known)
+
+
 def run(op: str, backend: str | None, *args: object) -> object:
     """Runs `op` on the named backend, or on the first that has no reason against `args`.
+
+    They are tried in the order that `fluxkern tune` measured on this device, where it did, else in
+    that of `BACKENDS`.
 
     Raises:
         ValueError: `backend` is not the name of a backend.
@@ -343,7 +360,7 @@ def _chosen(op: str, backend: str | None, args: tuple) -> Backend:
     named = backend or DEFAULT_BACKEND
     if named is not None:
         _check_name("backend", named)
-    for name in (named,) if named else BACKENDS:
+    for name in (named,) if named else _order(measured.order(op, args)):
         if _reason(op, name, args, named is not None) is None:
             if name == "reference" and named is None:
                 _say_once_that_nothing_is_compiled()
@@ -372,7 +389,8 @@ def explain(op: str | None = None, *args: object) -> list[Choice]:
     rows = []
     for name in [op] if op else sorted(_registry):
         reasons = {b: _reason(name, b, args, b == DEFAULT_BACKEND) for b in BACKENDS}
-        allowed = [DEFAULT_BACKEND] if DEFAULT_BACKEND in reasons else BACKENDS
+        times = measured.order(name, args)
+        allowed = [DEFAULT_BACKEND] if DEFAULT_BACKEND in reasons else _order(times)
         chosen = next((backend for backend in allowed if reasons[backend] is None), None)
-        rows.append(Choice(name, chosen, reasons))
+        rows.append(Choice(name, chosen, reasons, times))
     return rows

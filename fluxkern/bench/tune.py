@@ -1,0 +1,84 @@
+"""Which backend of ours is fastest here, measured: what `fluxkern tune` writes."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cases import CASES, SHAPES, Maker
+from ..ops import measured
+from .compare import DTYPES, measure
+from .system import machine
+from .tables import write_json
+from .timers import ROUNDS
+
+NAMES = {"eager": "reference"}  # of a provider, where its backend has another
+
+
+def comparisons(
+    ops: list[str], shapes: list[str], dtypes: list[str]
+) -> Iterator[tuple[str, str, str, str]]:
+    """(op, shape, dtype, direction) of all that has more than one backend of ours."""
+    for op in ops:
+        for dtype in dtypes:
+            for shape in shapes:
+                yield op, shape, dtype, "forward"
+                if CASES[op].moved_backward is not None:
+                    yield op, shape, dtype, "backward"
+
+
+def order(op: str, shape: str, dtype: str, direction: str, device: str, rounds: int) -> dict:
+    """Backend -> median microseconds, the fastest first; each was held to fp64 before."""
+    only = ("eager", *CASES[op].backends)
+    rows = measure(op, shape, dtype, direction, device, rounds, only).rows
+    times = {NAMES.get(r.provider, r.provider): r.median for r in rows if r.provider in only}
+    return {name: round(s * 1e6, 2) for name, s in sorted(times.items(), key=lambda row: row[1])}
+
+
+def tune(
+    ops: list[str],
+    shapes: list[str],
+    dtypes: list[str],
+    device: str = "cpu",
+    rounds: int = ROUNDS,
+    after_each: Callable[[dict[str, Any], str], None] = lambda table, row: None,
+) -> dict[str, Any]:
+    """Measures the backends of ours that run on `device` and orders them.
+
+    Args:
+        ops: names of `CASES`.
+        shapes: names of `SHAPES`.
+        dtypes: names of `DTYPES`.
+        device: "cpu" or "cuda".
+        rounds: samples of each.
+        after_each: called with the table so far and a line about what was just measured.
+
+    Returns:
+        The table, as `ops/measured.py` has it.
+
+    Raises:
+        WrongResult: a backend is wrong; nothing is ordered by the speed of a wrong result.
+    """
+    name = measured.device_name(torch.empty(0, device=device).device)
+    table: dict[str, Any] = {"device": name, "machine": machine(), "order": {}}
+    for op, shape, dtype, direction in comparisons(ops, shapes, dtypes):
+        args = CASES[op].inputs(Maker(SHAPES[shape], DTYPES[dtype], "meta"))
+        first = next(v for v in args.values() if isinstance(v, torch.Tensor))
+        found = order(op, shape, dtype, direction, device, rounds)
+        chosen = op if direction == "forward" else f"{op}_backward"
+        sizes = table["order"].setdefault(chosen, {}).setdefault(str(first.dtype)[6:], {})
+        sizes[str(measured.size_class(first))] = found
+        times = ", ".join(f"{backend} {us:.4g} us" for backend, us in found.items())
+        after_each(table, f"{chosen}, {dtype}, {shape}: {times}")
+    return table
+
+
+def write(table: dict[str, Any], path: Path | None = None) -> Path:
+    """Writes a table whole or not at all; None is where ops look for the one of this device."""
+    if path is None:
+        path = measured.user_folder() / measured.file_name(table["device"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, table)
+    measured.forget()
+    return path

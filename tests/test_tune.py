@@ -1,0 +1,125 @@
+"""The measured order of backends: written by `tune`, read by the dispatch, said by explain."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fluxkern import ops
+from fluxkern.bench import tune
+from fluxkern.cases import SHAPES, Maker
+from fluxkern.ops import _dispatch, measured
+
+HERE = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder of its own, and a package without tables."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(measured, "PACKAGE", tmp_path / "package")
+    measured.forget()
+    yield tmp_path
+    measured.forget()
+
+
+def place(folder: Path, order: dict) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / measured.file_name(measured.device_name(HERE))
+    path.write_text(json.dumps({"device": "this", "order": order}))
+    measured.forget()
+    return path
+
+
+def inputs(tokens: int = 8, dtype: torch.dtype = torch.float32) -> tuple:
+    x, y = torch.randn(2, 1, tokens, 64, dtype=dtype)
+    return x, y, torch.randn(1, 64, dtype=dtype)
+
+
+def chosen(*args: object) -> str | None:
+    return _dispatch.explain("gated_residual", *args)[0].chosen
+
+
+SLOW_KERNEL = {"gated_residual": {"float32": {"10": {"reference": 1.0, "cpu": 2.0}}}}
+
+
+def test_without_a_table_the_order_is_that_of_backends():
+    assert chosen(*inputs()) == next(
+        b for b in ops.BACKENDS if _dispatch._reason("gated_residual", b, inputs(), False) is None
+    )
+
+
+def test_what_was_measured_fastest_runs(monkeypatch: pytest.MonkeyPatch):
+    place(measured.user_folder(), SLOW_KERNEL)
+    assert chosen(*inputs()) == "reference"
+    ran = []
+    backend = _dispatch._registry["gated_residual"]["reference"]
+    spy = _dispatch.Backend("reference", lambda *args: ran.append(1) or backend.run(*args))
+    monkeypatch.setitem(_dispatch._registry["gated_residual"], "reference", spy)
+    ops.gated_residual(*inputs())
+    assert ran
+
+
+def test_another_dtype_or_op_is_left_alone():
+    place(measured.user_folder(), SLOW_KERNEL)
+    assert chosen(*inputs(dtype=torch.bfloat16)) == chosen() != "reference"
+    args = inputs()
+    assert _dispatch.explain("norm_modulate", args[0], args[2], args[2])[0].times is None
+
+
+def test_the_nearest_size_counts():
+    sizes = {"8": {"reference": 1.0, "cpu": 2.0}, "20": {"cpu": 1.0, "reference": 2.0}}
+    place(measured.user_folder(), {"gated_residual": {"float32": sizes}})
+    assert chosen(*inputs(2)) == "reference"
+    assert chosen(*inputs(2**14)) == "cpu"
+
+
+def test_explain_says_what_wasmeasured():
+    place(measured.user_folder(), SLOW_KERNEL)
+    line = str(_dispatch.explain("gated_residual", *inputs())[0])
+    assert "measured: reference 1 us, cpu 2 us" in line
+
+
+def test_a_users_table_comes_before_that_of_the_package(home: Path):
+    place(home / "package", SLOW_KERNEL)
+    assert chosen(*inputs()) == "reference"
+    place(measured.user_folder(), {})
+    assert chosen(*inputs()) == "cpu"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"order": 3}', '{"order": {"a": {"b": {"c": {}}}}}'])
+def test_a_file_that_is_no_table_is_refused_by_name(text: str):
+    path = place(measured.user_folder(), {})
+    path.write_text(text)
+    with pytest.raises(ValueError, match="not a table of `fluxkern tune`"):
+        chosen(*inputs())
+
+
+def test_backends_of_another_version_are_passed_over():
+    place(measured.user_folder(), {"gated_residual": {"float32": {"10": {"abacus": 1.0}}}})
+    assert chosen(*inputs()) == chosen()
+
+
+def test_tuning_measures_and_what_it_writes_is_obeyed():
+    if _dispatch.load_reason("cpu"):
+        pytest.skip("one backend is no choice")
+    lines = []
+    table = tune.tune(
+        ["norm_modulate"],
+        ["compact"],
+        ["fp32"],
+        rounds=3,
+        after_each=lambda _, line: lines.append(line),
+    )
+    assert set(table["order"]) == {"norm_modulate", "norm_modulate_backward"}
+    assert len(lines) == 2 and lines[0].startswith("norm_modulate, fp32, compact: ")
+    path = tune.write(table)
+    assert path.parent == measured.user_folder() and measured.read(path)
+    sizes = SHAPES["compact"]
+    (size, order), *_ = table["order"]["norm_modulate"]["float32"].items()
+    assert int(size) == (sizes.stream).bit_length() and set(order) == {"cpu", "reference"}
+    assert list(order.values()) == sorted(order.values())
+    maker = Maker(sizes, torch.float32)
+    args = (maker.tokens(), *maker.rows()[:2], 1e-6)
+    assert _dispatch.explain("norm_modulate", *args)[0].chosen == next(iter(order))
