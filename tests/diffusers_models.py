@@ -28,7 +28,7 @@ def inputs(
 ) -> dict[str, Tensor]:
     """What one call of the model takes, in its dtype; ids as a picture and a prompt have them."""
     config, img_len = model.config, side * side
-    dtype = next(model.parameters()).dtype
+    dtype = model.dtype  # the dtype of computing where weights are stored in another
     grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
     found = {
         "hidden_states": torch.randn(batch, img_len, config.in_channels, dtype=dtype),

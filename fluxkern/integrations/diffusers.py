@@ -180,15 +180,16 @@ class _Part:
     def why_not_swapped(self) -> str | None:
         module = self.module
         if module is None:
-            return f"{_name(self.block)} has no {self.path}"
+            return f"a {type(self.block).__name__} has no {self.path}"
         if isinstance(module, Fused):
             return None
         if type(module) not in FUSED:
-            return f"{self.path or 'a block'} is {_name(module)}, which is not known"
+            cls = type(module)
+            return f"a module is a {cls.__module__}.{cls.__qualname__}, which is not known"
         if reason := _reasons_of_this_diffusers()[type(module)]:
             return reason
-        if "forward" in module.__dict__ and not list(_captured(module)):
-            return f"the forward of a {_name(module)} was replaced on the instance"
+        if "forward" in module.__dict__ and not _held(module):
+            return f"the forward of a {type(module).__name__} was replaced on the instance"
         return None
 
     def swap(self, settings: Settings) -> bool:
@@ -224,11 +225,6 @@ def _last(reason: str | None) -> str | None:
     return reason and f"in the last call {reason}"
 
 
-def _name(module: nn.Module) -> str:
-    cls = type(module)
-    return f"{cls.__module__.partition('.')[0]}'s {cls.__name__}"
-
-
 def _roots(obj: nn.Module | DiffusionPipeline) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(obj, nn.Module):
         yield "", obj
@@ -252,18 +248,19 @@ def _parts(obj: nn.Module | DiffusionPipeline) -> Iterator[_Part]:
 # changing a class, and the bound forwards that hooks hold
 
 
-def _captured(module: nn.Module) -> Iterator[tuple[object, str]]:
-    """Where hooks of diffusers and accelerate keep the forward that they wrapped."""
+def _held(module: nn.Module) -> list[tuple[object, str]]:
+    """Where the bound forward of the module's class is held: by hooks of diffusers and of
+    accelerate, or by the module itself after they went."""
     registry = getattr(module, "_diffusers_hook", None)
-    for reference in getattr(registry, "_fn_refs", ()):
-        yield from ((reference, "forward"), (reference, "original_forward"))
-    yield from ((module, name) for name in ("_old_forward", "forward") if name in module.__dict__)
+    references = getattr(registry, "_fn_refs", ())
+    places = [(r, name) for r in references for name in ("forward", "original_forward")]
+    places += [(module, name) for name in ("_old_forward", "forward") if name in module.__dict__]
+    bound = MethodType(type(module).forward, module)
+    return [(holder, name) for holder, name in places if getattr(holder, name) == bound]
 
 
 def _change_class(module: nn.Module, new: type[nn.Module]) -> None:
-    old = type(module)
-    bound, forward = MethodType(old.forward, module), MethodType(new.forward, module)
-    places = [place for place in _captured(module) if getattr(*place) == bound]
+    places, forward = _held(module), MethodType(new.forward, module)
     module.__class__ = new
     for holder, name in places:
         setattr(holder, name, forward)
