@@ -1,0 +1,191 @@
+"""Each FLUX pipeline of diffusers from tiny random components: accelerated against original."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlImg2ImgPipeline,
+    FluxControlInpaintPipeline,
+    FluxControlNetImg2ImgPipeline,
+    FluxControlNetInpaintPipeline,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxPriorReduxPipeline,
+)
+from diffusers_models import distance, fused, tiny_transformer
+from tiny_flux import SCHEDULE, tiny_vae, write_tiny_flux
+from torch import nn
+
+import fluxkern
+from fluxkern import compact
+
+SIZE = {"height": 32, "width": 32}
+EDIT = {"image", "strength"}
+PIPELINES = {  # pipeline -> channels of a packed token of its transformer, its inputs
+    FluxPipeline: (64, set()),
+    FluxImg2ImgPipeline: (64, EDIT),
+    FluxInpaintPipeline: (64, {*EDIT, "mask_image"}),
+    FluxFillPipeline: (384, {"image", "mask_image"}),
+    FluxControlPipeline: (128, {"control_image"}),
+    FluxControlImg2ImgPipeline: (128, {*EDIT, "control_image"}),
+    FluxControlInpaintPipeline: (128, {*EDIT, "control_image", "mask_image"}),
+    FluxControlNetPipeline: (64, {"control_image"}),
+    FluxControlNetImg2ImgPipeline: (64, {*EDIT, "control_image"}),
+    FluxControlNetInpaintPipeline: (64, {*EDIT, "control_image", "mask_image"}),
+    FluxKontextPipeline: (64, {"image"}),
+    FluxKontextInpaintPipeline: (64, {*EDIT, "mask_image"}),
+}
+
+
+def tiny_controlnet() -> FluxControlNetModel:
+    net = FluxControlNetModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=True,
+        axes_dims_rope=[4, 6, 6],
+    ).eval()
+    for module in (*net.controlnet_blocks, *net.controlnet_single_blocks):
+        nn.init.normal_(module.weight, std=0.3)
+    return net
+
+
+def build(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
+    channels, _ = PIPELINES[pipeline]
+    parts = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(**SCHEDULE),
+        "vae": tiny_vae(),
+        "transformer": tiny_transformer(
+            in_channels=channels, out_channels=64, guidance_embeds=True
+        ),
+        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
+    }
+    if "ControlNet" in pipeline.__name__:
+        parts["controlnet"] = tiny_controlnet()
+    pipe = pipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call(pipe: DiffusionPipeline, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The latents of a run."""
+    _, takes = PIPELINES[type(pipe)]
+    torch.manual_seed(2)
+    picture = torch.rand(1, 3, 32, 32)
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 8:24, 8:24] = 1
+    offered = {
+        "image": picture,
+        "control_image": picture,
+        "mask_image": mask,
+        "strength": 0.75,
+    }
+    kwargs = {name: offered[name] for name in takes}
+    if "Kontext" in type(pipe).__name__:
+        kwargs |= {"_auto_resize": False, "max_area": 32 * 32}
+    return pipe(
+        prompt_embeds=torch.randn(1, 6, 24).to(dtype),
+        pooled_prompt_embeds=torch.randn(1, 20).to(dtype),
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(4),
+        output_type="latent",
+        **SIZE,
+        **kwargs,
+    ).images
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES, ids=lambda pipeline: pipeline.__name__)
+def test_accelerated_and_original_give_the_same_latents(pipeline: type[DiffusionPipeline]):
+    pipe = build(pipeline)
+    expected = call(pipe)
+    assert fluxkern.accelerate(pipe, strict=True) is pipe
+    assert distance(call(pipe), expected) < 1e-5
+    sites = fluxkern.explain(pipe)
+    assert len(sites) == len(fused(sites)) == 1 + 22 + 8 + 15 * hasattr(pipe, "controlnet")
+    fluxkern.restore(pipe)
+    assert torch.equal(call(pipe), expected)
+
+
+def test_the_prior_of_redux_has_nothing_to_accelerate_and_its_embeddings_are_taken():
+    """Its output is what every other pipeline takes: prompt_embeds, here of 6 tokens."""
+    prior = FluxPriorReduxPipeline(image_encoder=None, feature_extractor=None, image_embedder=None)
+    with pytest.raises(ValueError, match="nothing to accelerate in FluxPriorReduxPipeline"):
+        fluxkern.accelerate(prior)
+
+
+def test_prompts_true_cfg_and_a_saved_pipeline(tmp_path: Path):
+    pipe = write_tiny_flux(tmp_path, guidance=True)
+    asked = {"prompt": "a red ring", "negative_prompt": "a star", "true_cfg_scale": 2.0, **SIZE}
+
+    def draw(pipe: FluxPipeline) -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        out = pipe(**asked, num_inference_steps=3, generator=generator, output_type="np")
+        return out.images
+
+    expected = draw(pipe)
+    assert np.abs(draw(fluxkern.accelerate(pipe, strict=True)) - expected).max() < 1e-4
+    pipe.save_pretrained(tmp_path / "saved")
+    assert "fluxkern" not in (tmp_path / "saved" / "model_index.json").read_text()
+    loaded = FluxPipeline.from_pretrained(tmp_path / "saved", local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(loaded), expected)
+
+
+def test_a_pipeline_made_of_another_shares_what_is_accelerated():
+    pipe = fluxkern.accelerate(build(FluxPipeline), strict=True)
+    other = FluxImg2ImgPipeline.from_pipe(pipe)
+    assert len(fused(fluxkern.explain(other))) == len(fluxkern.explain(pipe))
+    fluxkern.restore(other)
+    assert not fused(fluxkern.explain(pipe))
+
+
+def test_the_compact_pipeline_draws_the_same_picture():
+    folder = Path(compact.__file__).parent / "weights"
+    pipe = FluxPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> np.ndarray:
+        generator = torch.Generator().manual_seed(7)
+        asked = {"true_cfg_scale": 3.0, "negative_prompt": "", "max_sequence_length": 32}
+        out = pipe(
+            "a red circle on a blue background",
+            height=64,
+            width=64,
+            num_inference_steps=8,
+            generator=generator,
+            **asked,
+        )
+        return np.asarray(out.images[0]).astype(int)
+
+    expected = draw()
+    fluxkern.accelerate(pipe, strict=True)
+    found = draw()
+    assert np.abs(found - expected).max() <= 1 and expected.std() > 10
+
+
+def test_bf16_latents_are_as_near_to_fp32_as_the_originals(seed: int):
+    ours, theirs = 0.0, 0.0
+    for n in range(8):
+        torch.manual_seed(seed + n)
+        pipe = build(FluxPipeline)
+        exact = call(pipe)
+        pipe.transformer.to(torch.bfloat16)
+        theirs += (call(pipe, torch.bfloat16).float() - exact).square().mean().sqrt().item()
+        fluxkern.accelerate(pipe, strict=True)
+        ours += (call(pipe, torch.bfloat16).float() - exact).square().mean().sqrt().item()
+    assert ours <= 1.05 * theirs
