@@ -119,14 +119,18 @@ def distance(found: Tensor, expected: Tensor) -> float:
         ({"guidance_embed": False}, {}),
         ({"in_channels": 28}, {}),
         ({"num_heads": 1, "axes_dim": (16, 16, 16)}, {}),
+        ({"depth": 0}, {}),
+        ({"depth_single_blocks": 0}, {}),
+        ({"depth": 0, "depth_single_blocks": 0}, {}),
         ({}, {"batch": 1, "ids": grid(1, 7)}),
         ({}, {"batch": 3, "ids": grid(5, 2), "txt": 9}),
         ({}, {"ids": torch.cat((grid(3, 4), grid(2, 5, picture=1)))}),
         ({}, {"ids": 1000 * grid(3, 4)}),
     ],
     ids=[
-        "guidance", "no guidance", "condition channels", "one head", "a single row",
-        "tall, batch of 3", "a reference picture", "far positions",
+        "guidance", "no guidance", "condition channels", "one head", "no double block",
+        "no single block", "no block", "a single row", "tall, batch of 3", "a reference picture",
+        "far positions",
     ],
 )  # fmt: skip
 @torch.no_grad()
