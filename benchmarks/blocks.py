@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -26,11 +27,11 @@ from fluxkern.model.transformer import Flux, FluxConfig, Stream, rope_tables
 
 from . import whole
 from .runs import Report, options
-from .whole import BASELINE, COMPILED, OURS, Provider, Truth
+from .whole import BASELINE, COMPILED, INT8, OURS, Provider, Truth
 
 KINDS = ("double", "single")
 DTYPES = ("fp32", "bf16")
-FP32_LIMIT = 1e-5  # relative L2 of what a block adds
+FP32_LIMIT, INT8_LIMIT = 1e-5, 2e-2  # relative L2 of what a block adds
 logging.set_verbosity_error()
 
 
@@ -134,11 +135,12 @@ class Pair:
         self.kind, self.sizes = kind, sizes
         self.inputs = Inputs.of(kind, sizes, theirs.pos_embed)
         self.theirs, self.ours = their_block(theirs, kind), our_block(ours, kind)
+        self.model = ours
         results = self.inputs.call_theirs(self.theirs)()
         self.truth = Truth(results, (self.inputs.txt, self.inputs.img))
 
     def providers(self, dtype: str) -> dict[str, Provider]:
-        """By the 2x rule in half precision, where the baseline's own error is the measure."""
+        """Half precision is held to twice the error of diffusers'; int8 is beside fp32."""
         to = bench.DTYPES[dtype]
         theirs, ours = (copy.deepcopy(block).to(to) for block in (self.theirs, self.ours))
         inputs = self.inputs.to(to)
@@ -146,11 +148,18 @@ class Pair:
         limit = FP32_LIMIT if dtype == "fp32" else 2 * self.truth.error(eager())
         torch._dynamo.reset()
         compiled = torch.compile(theirs, fullgraph=True, dynamic=False)
-        return {
+        found = {
             BASELINE: Provider(eager, limit, whole.torch_parts),
             COMPILED: Provider(inputs.call_theirs(compiled), limit),
             OURS: Provider(inputs.call_ours(self.kind, ours), limit, whole.our_parts),
         }
+        if dtype == "fp32" and find_spec("fluxkern.model.int8"):
+            from fluxkern.model.int8 import to_int8
+
+            in_int8 = our_block(to_int8(copy.deepcopy(self.model)), self.kind)
+            call = inputs.call_ours(self.kind, in_int8)
+            found[INT8] = Provider(call, INT8_LIMIT, whole.our_parts)
+        return found
 
     def measure(
         self, dtype: str, rounds: int = whole.ROUNDS, only: tuple[str, ...] | None = None

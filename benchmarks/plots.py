@@ -18,6 +18,7 @@ from .report import Results
 
 EAGER, COMPILED, OURS, KERNEL = "#9aa5b1", "#e0a030", "#1f6fb4", "#8fc1e3"
 COLOURS = {"diffusers": EAGER, "diffusers compiled": COMPILED, "fluxkern": OURS}
+COLOURS["fluxkern int8"] = KERNEL
 KINDS = {"linears": "#1f6fb4", "attention": "#e0a030", "rest": "#c8ccd1"}
 STYLE = {
     "font.size": 9,
@@ -80,7 +81,8 @@ def speeds(axes: Axes, found: dict[str, list[dict[str, Any]]]) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("times the speed of diffusers eager")
     labelled(axes, list(found))
-    names = ("diffusers compiled", "fluxkern")
+    shown = {row["provider"] for rows in found.values() for row in rows}
+    names = [name for name in COLOURS if name in shown and name != "diffusers"]
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
     handles.append(plt.Line2D([], [], color="#c0392b", lw=1.6))
     axes.legend(
@@ -150,6 +152,7 @@ def grid(rows: list[dict[str, Any]]) -> tuple[Figure, Iterator[tuple[Axes, str, 
         layout="constrained",
         height_ratios=[count + 1 for count in most],
         squeeze=False,
+        sharex="row",
     )
     for spare in axes.flat[len(shown) :]:
         spare.set_visible(False)
@@ -186,7 +189,7 @@ def roofline(data: dict[str, Any], file: Path) -> None:
         axes.set_title(title, loc="left", fontsize=10)
         labelled(axes, list(found))
     order = [n for n in ("eager", "torch.compile", "fluxkern", "our kernel alone") if n in named]
-    figure.legend([named[n] for n in order], order, loc="outside lower center", ncols=4)
+    figure.legend([named[n] for n in order], order, loc="outside upper center", ncols=4)
     save(figure, "Share of the ceiling: copy bandwidth or matrix rate (dotted: 80 %)", data, file)
 
 
@@ -215,7 +218,7 @@ def speed_up(data: dict[str, Any], file: Path) -> None:
         axes.set_title(title, loc="left", fontsize=10)
         labelled(axes, list(found))
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (EAGER, COMPILED)]
-    figure.legend(handles, ("eager", "torch.compile"), loc="outside lower center", ncols=2)
+    figure.legend(handles, ("eager", "torch.compile"), loc="outside upper center", ncols=2)
     save(figure, "How many times faster fluxkern is than", data, file)
 
 

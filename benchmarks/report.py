@@ -20,8 +20,8 @@ HEAD = """\
 # Performance
 
 Written by `fluxkern bench --report` from `benchmarks/results`: a figure that is not in a file there
-cannot stand here. `fluxkern bench`, in a checkout with `make install`, measures this machine in
-under 15 minutes and puts its files there.
+cannot stand here. `fluxkern bench`, in a checkout with `make install`, measures this machine and
+puts its files there; how long each took stands beside it.
 
 Providers of a comparison are called in turn in one process; times are medians over the rounds, IQR
 is the interquartile range, and a ratio is the median of the ratios within each round. Nothing is
@@ -84,13 +84,23 @@ def about(machine: dict[str, Any]) -> str:
     )
 
 
+def file_row(item: tuple[str, dict[str, Any]]) -> tuple:
+    suite, data = item
+    machine, versions = data["machine"], data["machine"]["versions"]
+    return (
+        f"`{suite}.json`",
+        machine["time"][:10],
+        f"`{machine['commit']}`",
+        str(data["seconds"]),
+        f"{machine['load']:.1f}",
+        versions["torch"],
+        versions["diffusers"] or "",
+    )
+
+
 def measured(suites: Results) -> Iterator[str]:
-    columns = "file | measured | commit | >load before | torch | diffusers"
-    yield from table(columns, (
-        (f"`{suite}.json`", m["time"][:10], f"`{m['commit']}`", f"{m['load']:.1f}",
-         m["versions"]["torch"], m["versions"]["diffusers"] or "")
-        for suite, m in ((suite, data["machine"]) for suite, data in suites.items())
-    ))  # fmt: skip
+    columns = "file | measured | commit | >took, s | >load before | torch | diffusers"
+    yield from table(columns, map(file_row, suites.items()))
     limits = next(iter(suites.values()))["machine"]["limits"]
     if limits:
         said = " ".join(f"{name}={value}" for name, value in limits.items())
@@ -131,11 +141,14 @@ def wholes(suites: Results) -> Iterator[str]:
     memory = suites.get("blocks", {}).get("memory")
     if memory:
         yield "\nPeak memory of weights, inputs and one call, in a process of its own:\n"
-        yield from table("block | dtype | by | >weights, MB | >peak, MB | >ratio", (
-            (m["what"], m["dtype"], m["provider"], f"{m['weights'] / 1e6:.0f}",
-             f"{m['peak'] / 1e6:.0f}", f"{m['ratio']:.2f}")
-            for m in memory
-        ))  # fmt: skip
+        columns = "block | dtype | by | >weights, MB | >peak, MB | >ratio"
+        yield from table(columns, map(memory_row, memory))
+
+
+def memory_row(found: dict[str, Any]) -> tuple:
+    about = (found["what"], found["dtype"], found["provider"])
+    sizes = (f"{found[name] / 1e6:.0f}" for name in ("weights", "peak"))
+    return *about, *sizes, f"{found['ratio']:.2f}"
 
 
 def comparisons(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, dict]]:

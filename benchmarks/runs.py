@@ -1,6 +1,7 @@
 """What the suites share: their options, and the report that grows while they run."""
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ class Report:
         bench.pin_threads(args.threads)
         bench.limit_isa()
         pages = bench.keep_pages()
-        self.file = args.json
+        self.file, self.started = args.json, time.monotonic()
         self.data: dict[str, Any] = {
             "suite": suite,
             "machine": bench.machine() | {"freed_pages_kept": pages},
+            "seconds": 0,
             **about,
             **{"rows": [], "verified": [], "refused": [], "skipped": {}},
         }
@@ -49,6 +51,7 @@ class Report:
 
     def save(self) -> None:
         """What was measured is there when a run is cut off."""
+        self.data["seconds"] = round(time.monotonic() - self.started)
         if self.file:
             bench.write_json(self.file, self.data)
 

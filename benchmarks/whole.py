@@ -19,6 +19,7 @@ from fluxkern import bench
 from fluxkern.cases import CASES
 
 BASELINE, COMPILED, OURS = "diffusers", "diffusers compiled", "fluxkern"
+INT8 = "fluxkern int8"  # its linears' weights and inputs
 KINDS = ("linears", "attention")
 ROUNDS = bench.MIN_ROUNDS
 SLOW, SLOW_ROUNDS = 5.0, 3  # a baseline of that many seconds is called that often

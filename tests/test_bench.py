@@ -376,6 +376,28 @@ def test_the_machine_is_told_with_the_code_that_ran():
         assert said.startswith(found["commit"].removesuffix("-dirty"))
 
 
+def test_our_code_follows_a_limit_of_torch():
+    if not torch.cpu._is_avx2_supported():
+        pytest.skip("this processor has no AVX2")
+    program = (
+        "import json, torch; from fluxkern import bench; bench.limit_isa(); "
+        "print(json.dumps([bench.machine(), torch.cpu._is_avx512_bf16_supported()]))"
+    )
+    limits = dict.fromkeys(bench.LIMITS, "AVX2") | {"ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | limits,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found, multiplies = json.loads(done.stdout)
+    assert found["limits"] == limits and not multiplies
+    assert found["cpu_capability"]["torch"] == "AVX2"
+    assert found["cpu_capability"]["fluxkern"] in (None, "avx2")
+
+
 # the suite
 
 

@@ -87,11 +87,16 @@ def isa() -> str | None:
 
 
 def limit_isa() -> None:
-    """Our CPU kernels take no more than torch may by ATEN_CPU_CAPABILITY."""
+    """Our CPU code takes no more than torch may by ATEN_CPU_CAPABILITY.
+
+    What asks torch for bf16 arithmetic is then told what a processor with AVX2 alone answers.
+    """
     ops.explain()
     limit, set_isa = os.environ.get(LIMITS[0]), getattr(torch.ops.fluxkern_cpu, "_set_isa", None)
     if limit in ("avx2", "avx512") and set_isa is not None:
         set_isa(limit)
+    if limit == "avx2":
+        torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
 
 
 def machine() -> dict[str, Any]:
