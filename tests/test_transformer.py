@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fluxkern import ops
 from fluxkern.checkpoint import flux_to_diffusers
 from fluxkern.model.transformer import (
     CONFIGS,
@@ -404,7 +405,13 @@ def test_further_blocks_take_no_memory_for_their_products():
 
 # what is computed ahead
 
+every_row_alone = pytest.mark.skipif(
+    ops.explain("modulation")[0].chosen == "reference",
+    reason="torch's product sums in another order for another number of rows",
+)
 
+
+@every_row_alone
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_modulation_of_a_schedule_is_within_one_ulp_of_step_by_step(dtype: torch.dtype):
@@ -424,6 +431,7 @@ def test_modulation_of_a_schedule_is_within_one_ulp_of_step_by_step(dtype: torch
             assert ((found - expected).abs() <= ulp).all()
 
 
+@every_row_alone
 @torch.no_grad()
 def test_velocity_with_a_workspace_of_the_schedule_has_the_same_bits():
     model, args = random_flux(TINY), inputs(TINY)
