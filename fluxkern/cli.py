@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 STEPS, GUIDANCE = 28, 3.5  # of a guidance-distilled model, as in diffusers
 STEPS_AND_CFG = {"compact": (16, 3.0), "schnell": (4, 1.0)}
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 PACKAGES = (
     "fluxkern",
     "torch",
@@ -159,7 +159,12 @@ def _add_generate(commands: Any) -> None:
     add("--width", type=int, metavar="W", help="the same")
     add("--batch", type=int, default=1, metavar="N", help="pictures for each prompt, 1")
     add("--max-sequence-length", type=int, metavar="N", help="tokens T5 reads, the model's own")
-    add("--dtype", choices=DTYPES, default="float32", help="of all weights, float32")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of all weights, float32; int8: of the blocks'",
+    )
     add("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, else cpu")
     add("--output", metavar="PATH", help="a .png file or a folder; ./fluxkern-SEED.png")
     add("--force", action="store_true", help="write over pictures that exist")
@@ -244,9 +249,12 @@ def _check_generate(args: argparse.Namespace) -> None:
             pipeline.check_finite(option, value)
     if args.revision is not None and (args.model == "compact" or Path(args.model).exists()):
         raise ValueError(f"--revision needs a --model of the hub, got {args.model}")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available() and args.dtype != "int8"
+    args.device = args.device or ("cuda" if on_gpu else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device must be cpu where torch finds no CUDA GPU, got cuda")
+    if args.device == "cuda" and args.dtype == "int8":
+        raise ValueError("--device must be cpu with --dtype int8, got cuda")
 
 
 def _outputs(args: argparse.Namespace, count: int) -> list[Path]:
@@ -308,7 +316,7 @@ def _fill_defaults(args: argparse.Namespace, config: FluxConfig) -> None:
 def _dtype(args: argparse.Namespace) -> Any:
     import torch
 
-    return getattr(torch, args.dtype)
+    return args.dtype if args.dtype == "int8" else getattr(torch, args.dtype)
 
 
 def _draw(args: argparse.Namespace, pipe: Any, prompt: str, first: int, count: int) -> list[Image]:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ class FluxPipeline:
         path_or_id: str | Path,
         *,
         revision: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["int8"] | None = None,
         device: torch.device | str | None = None,
     ) -> FluxPipeline:
         """Load a diffusers folder of a FLUX.1 text-to-image model.
@@ -105,21 +105,27 @@ class FluxPipeline:
             path_or_id: a folder, "org/name" on the Hugging Face hub, or "compact" for the small
                 model that comes with fluxkern (a folder of that name is "./compact").
             revision: branch, tag or commit on the hub.
-            dtype: floating dtype of all weights; None is float32.
+            dtype: floating dtype of all weights; None is float32. "int8" holds the linear layers
+                of the transformer's blocks in 8 bits, with `fluxkern.ops.linear_int8`, and all else
+                in float32: for a CPU, and not to be saved.
             device: where all parts go; None is the CPU.
 
         Returns:
             The pipeline.
 
         Raises:
-            ValueError: not a FLUX.1 text-to-image checkpoint, or one that breaks a rule of loading.
+            ValueError: not a FLUX.1 text-to-image checkpoint, or one that breaks a rule of loading;
+                "int8" on another device than the CPU.
         """
-        dtype, device = dtype or torch.float32, device or "cpu"
+        device, int8 = device or "cpu", dtype == "int8"
+        if int8 and torch.device(device).type != "cpu":
+            raise ValueError(f"device must be cpu where dtype is 'int8', got {device}")
+        dtype = torch.float32 if int8 or dtype is None else dtype
         name = COMPACT_WEIGHTS if path_or_id == "compact" else path_or_id
         folder = checkpoint.resolve(name, revision=revision)
         _check_text_to_image(folder)
         return cls(
-            checkpoint.load_flux(folder / "transformer", dtype=dtype, device=device),
+            checkpoint.load_flux(folder / "transformer", dtype=dtype, device=device, int8=int8),
             checkpoint.load_autoencoder(folder / "vae", dtype=dtype, device=device),
             TextEncoder.from_folder(folder, dtype=dtype, device=device),
             ScheduleConfig.from_diffusers(
@@ -135,7 +141,7 @@ class FluxPipeline:
             folder: a new or empty folder.
 
         Raises:
-            ValueError: `folder` exists and is not an empty folder.
+            ValueError: `folder` exists and is not an empty folder, or the pipeline is in int8.
         """
         folder = Path(folder)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

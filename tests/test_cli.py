@@ -121,6 +121,15 @@ def test_generate_writes_how_the_picture_was_made_into_it(generate, model):
     assert "Steps: 2" in readable[2] and "Seed: 3" in readable[2] and "Size: 48x32" in readable[2]
 
 
+def test_generate_draws_in_int8_and_says_so(generate):
+    assert generate(PROMPT, "--output", "a.png", "--seed", 3)[0] == 0
+    code, out, err = generate(PROMPT, "--output", "b.png", "--seed", 3, "--dtype", "int8")
+    assert (code, out, err) == (0, "b.png\n", "")
+    assert (about("b.png")["dtype"], about("b.png")["device"]) == ("int8", "cpu")
+    assert 0 < np.abs(pixels("a.png") - pixels("b.png")).max()
+    assert np.abs(pixels("a.png") - pixels("b.png")).mean() < 3
+
+
 def test_environment_and_folders_of_the_user_are_not_written_into_the_picture(
     generate, model, monkeypatch
 ):
@@ -236,7 +245,7 @@ BAD_ARGUMENTS = {
     "--max-sequence-length 513": "--max-sequence-length must be",
     "--true-cfg-scale nan": "--true-cfg-scale must be",
     "--guidance-scale inf": "--guidance-scale must be",
-    "--dtype int8": "--dtype",
+    "--dtype int4": "--dtype",
     "--device tpu": "--device",
     "--nonsense": "--nonsense",
     "--prompts file": "got both",

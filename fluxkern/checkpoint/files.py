@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .._files import check_link, read_json, read_weight_map, write_files, write_json
 from ..model.autoencoder import AutoEncoder
+from ..model.int8 import block_linears, int8_state, is_int8, to_int8
 from ..model.transformer import Flux
 from . import configs, names
 from .names import ALL_ROWS, Piece
@@ -232,11 +233,13 @@ def _fill(
     stored: Mapping[str, Stored],
     dtype: torch.dtype | None,
     device: torch.device | str,
+    int8: bool,
 ) -> None:
     parts: dict[str, list[Piece]] = {}
     for piece in pieces:
         parts.setdefault(piece.native, []).append(piece)
     reader, state, spoilt = _Reader(stored.values()), {}, []
+    quantised = {f"{layer}.weight" for layer in block_linears(model)} if int8 else set()
     for name, meta in model.state_dict().items():
         kinds = (stored[piece.name].dtype for piece in parts[name])
         kind = dtype or reduce(torch.promote_types, kinds)
@@ -247,10 +250,12 @@ def _fill(
             target.copy_(source.view(target.shape))
         if not all(torch.isfinite(extreme) for extreme in torch.aminmax(state[name])):
             spoilt.append(name)
+        if name in quantised:
+            state |= int8_state(name, state.pop(name))
     if spoilt:
         problem = names.listed("tensors with a NaN or an infinity", spoilt)[0]
         warnings.warn(f"{next(iter(stored.values())).file}: {problem}", stacklevel=4)
-    model.load_state_dict(state, assign=True)
+    (to_int8(model) if int8 else model).load_state_dict(state, assign=True)
 
 
 def _on_meta(kind: _Kind, path: Path, config_from: Callable[[Any], Any], data: Any) -> nn.Module:
@@ -262,7 +267,11 @@ def _on_meta(kind: _Kind, path: Path, config_from: Callable[[Any], Any], data: A
 
 
 def _load(
-    kind: _Kind, path: str | Path, dtype: torch.dtype | None, device: torch.device | str
+    kind: _Kind,
+    path: str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    int8: bool = False,
 ) -> nn.Module:
     path = Path(path)
     _check_dtype(dtype)
@@ -276,7 +285,7 @@ def _load(
         model = _on_meta(kind, path, kind.config_from_state, shapes)
         pieces = [Piece(name, ALL_ROWS, name, ALL_ROWS) for name in model.state_dict()]
     _compare(path, stored, _shapes_in_file(model, pieces, path.is_dir()))
-    _fill(model, pieces, stored, dtype, device)
+    _fill(model, pieces, stored, dtype, device, int8)
     return model.eval()
 
 
@@ -290,6 +299,7 @@ def load_flux(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    int8: bool = False,
 ) -> Flux:
     """Loads a transformer, tensor by tensor, after all its names and shapes have been compared.
 
@@ -300,13 +310,14 @@ def load_flux(
             more .safetensors files.
         dtype: of every parameter; None keeps what each tensor is stored in.
         device: where the parameters are made.
+        int8: the blocks' linear layers but modulation are made 8 bits wide, each as it is read.
     Returns:
         the transformer, in evaluation mode. A NaN or an infinity in it is warned of by name.
     Raises:
         ValueError: a file that is not safetensors, is damaged, quantised or a LoRA; a missing,
             unexpected or mis-shaped tensor; a config that no FLUX transformer has.
     """
-    return _load(FLUX, path, dtype, device)
+    return _load(FLUX, path, dtype, device, int8)
 
 
 def load_autoencoder(
@@ -427,9 +438,12 @@ def save_flux(
         max_shard_size: bytes, or such as "10GB"; only of a folder.
         dtype: of the tensors in the file; None keeps the model's.
     Raises:
-        ValueError: an unknown format, or a configuration that the format cannot hold.
+        ValueError: an unknown format, a configuration that the format cannot hold, or a model in
+            int8.
         OSError: the files could not be written; nothing of them is left.
     """
+    if is_int8(model):
+        raise ValueError("model must have its own weights to be saved, got one in int8")
     _save(FLUX, model, path, format, max_shard_size, dtype)
 
 

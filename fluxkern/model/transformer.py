@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .int8 import Int8Weight
 
 TIME_DIM = 256  # sinusoids of timestep and guidance
 
@@ -194,7 +195,10 @@ def _linear(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    return ops.linear(x, layer.weight, layer.bias, activation=activation, out=out, add=add)
+    options = {"activation": activation, "out": out, "add": add}
+    if isinstance(layer.weight, Int8Weight):
+        return ops.linear_int8(x, layer.weight.values, layer.weight.scale, layer.bias, **options)
+    return ops.linear(x, layer.weight, layer.bias, **options)
 
 
 def _linears(

@@ -1,0 +1,78 @@
+"""The linear layers of a transformer's blocks in 8 bits."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class Int8Weight:
+    """int8 [Cout, Cin] and fp32 [Cout], which split and slice as the one weight that they are."""
+
+    def __init__(self, values: Tensor, scale: Tensor):
+        self.values, self.scale = values, scale
+        self.shape = values.shape
+
+    def split(self, sizes: tuple[int, ...], dim: int = 0) -> list["Int8Weight"]:
+        values = self.values.split(sizes, dim)
+        scales = self.scale.split(sizes) if dim == 0 else [self.scale] * len(values)
+        return [Int8Weight(*pair) for pair in zip(values, scales, strict=True)]
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight has 8 bits; made for inference, without parameters.
+
+    Args:
+        layer: the layer it is made of, which is left as it is; it may lie on the meta device.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        values, scale = ops.quantize_int8(layer.weight)
+        self.register_buffer("values", values)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    @property
+    def weight(self) -> Int8Weight:
+        return Int8Weight(self.values, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear_int8(x, self.values, self.scale, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
+        """Scales stay fp32 where the model is cast."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """Names of the layers of a Flux that `to_int8` turns: all of its blocks' but modulation."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "_blocks." in name and not name.endswith(".lin")
+    ]
+
+
+def int8_state(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """What the state of an `Int8Linear` holds in the place of this weight of a state dict."""
+    layer = name.removesuffix("weight")
+    values, scale = ops.quantize_int8(weight)
+    return {f"{layer}values": values, f"{layer}scale": scale}
+
+
+def to_int8(model: nn.Module) -> nn.Module:
+    """Puts an `Int8Linear` in the place of each of `block_linears`, one after another."""
+    for name in block_linears(model):
+        model.set_submodule(name, Int8Linear(model.get_submodule(name)))
+    return model
+
+
+def is_int8(model: nn.Module) -> bool:
+    return any(isinstance(module, Int8Linear) for module in model.modules())
