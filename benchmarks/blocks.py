@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from fluxkern import bench, checkpoint
 from fluxkern.cases import SHAPES, Sizes
+from fluxkern.model.int8 import to_int8
 from fluxkern.model.sampling import get_img_ids, get_txt_ids
 from fluxkern.model.transformer import Flux, FluxConfig, Stream, rope_tables
 
@@ -153,9 +153,7 @@ class Pair:
             COMPILED: Provider(inputs.call_theirs(compiled), limit),
             OURS: Provider(inputs.call_ours(self.kind, ours), limit, whole.our_parts),
         }
-        if dtype == "fp32" and find_spec("fluxkern.model.int8"):
-            from fluxkern.model.int8 import to_int8
-
+        if dtype == "fp32":
             in_int8 = our_block(to_int8(copy.deepcopy(self.model)), self.kind)
             call = inputs.call_ours(self.kind, in_int8)
             found[INT8] = Provider(call, INT8_LIMIT, whole.our_parts)

@@ -189,7 +189,7 @@ def roofline(data: dict[str, Any], file: Path) -> None:
         axes.set_title(title, loc="left", fontsize=10)
         labelled(axes, list(found))
     order = [n for n in ("eager", "torch.compile", "fluxkern", "our kernel alone") if n in named]
-    figure.legend([named[n] for n in order], order, loc="outside upper center", ncols=4)
+    figure.legend([named[n] for n in order], order, loc="outside lower center", ncols=4)
     save(figure, "Share of the ceiling: copy bandwidth or matrix rate (dotted: 80 %)", data, file)
 
 
@@ -218,7 +218,7 @@ def speed_up(data: dict[str, Any], file: Path) -> None:
         axes.set_title(title, loc="left", fontsize=10)
         labelled(axes, list(found))
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (EAGER, COMPILED)]
-    figure.legend(handles, ("eager", "torch.compile"), loc="outside upper center", ncols=2)
+    figure.legend(handles, ("eager", "torch.compile"), loc="outside lower center", ncols=2)
     save(figure, "How many times faster fluxkern is than", data, file)
 
 
