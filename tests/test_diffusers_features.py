@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers_parallel
 import pytest
 import torch
 from diffusers import (
@@ -582,3 +583,13 @@ def test_projections_of_another_function_are_called(model: FluxTransformer2DMode
     fluxkern.accelerate(model, strict=True)
     assert torch.equal(run(other, given), expected)
     assert not fused(fluxkern.explain(other))
+
+
+# two processes
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("degrees", [{"ulysses_degree": 2}, {"ring_degree": 2}], ids=str)
+def test_context_parallel_over_two_processes(degrees: dict, order: str, tmp_path: Path):
+    torch.multiprocessing.spawn(diffusers_parallel.main, (str(tmp_path), degrees, order), nprocs=2)
+    assert all(float((tmp_path / str(rank)).read_text()) < 1e-5 for rank in (0, 1))

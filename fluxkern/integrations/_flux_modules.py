@@ -7,7 +7,7 @@ weight is never read. A call that the ops cannot take goes to the original forwa
 
 import logging
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
@@ -15,6 +15,7 @@ from diffusers.models import activations, normalization
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _AttentionBackendRegistry,
+    _templated_context_parallel_attention,
     dispatch_attention_fn,
 )
 from diffusers.models.transformers import transformer_flux
@@ -288,29 +289,54 @@ class FluxAttention(Fused, transformer_flux.FluxAttention):
         q, k, v = heads
         return *ops.qk_norm_rope(q, k, *weights, cos, sin, **settings), v
 
-    def why_not_attention(self, mask: Tensor | None = None) -> str | None:
+    def why_not_attention(
+        self, mask: Tensor | None = None, needs_gradient: bool = False
+    ) -> str | None:
         """The reason why diffusers' dispatch attends, behind our norm and rotation."""
         processor, native = self.processor, AttentionBackendName.NATIVE
         chosen = processor._attention_backend or _AttentionBackendRegistry._active_backend
-        if processor._parallel_config is not None:
-            return "attention is split over devices by diffusers' context parallelism"
         if chosen != native:
             return f"diffusers' attention backend {AttentionBackendName(chosen).value} is set"
         if mask is not None:
             return "attention has a mask"
+        if processor._parallel_config is not None and needs_gradient:
+            return "attention that is split over devices needs a gradient"
         return "another package intercepts torch's attention" if _intercepted() else None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if not self.runs_original(self.why_not_attention(mask), "attention_reason"):
+        needs_gradient = torch.is_grad_enabled() and q.requires_grad
+        config = self.processor._parallel_config
+        if self.runs_original(self.why_not_attention(mask, needs_gradient), "attention_reason"):
+            chosen = self.processor._attention_backend
+            return dispatch_attention_fn(
+                q, k, v, attn_mask=mask, backend=chosen, parallel_config=config
+            )
+        if config is None:
             return ops.attention(q, k, v, backend=self.backend)
-        return dispatch_attention_fn(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            backend=self.processor._attention_backend,
-            parallel_config=self.processor._parallel_config,
+        on_a_device = partial(_on_a_device, backend=self.backend)
+        return _templated_context_parallel_attention(
+            q, k, v, forward_op=on_a_device, backward_op=None, _parallel_config=config
         )
+
+
+def _on_a_device(
+    ctx: object,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: None,
+    enable_gqa: bool,
+    return_lse: bool,
+    *,
+    backend: str | None,
+    **_: object,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What diffusers' Ulysses and ring call on each device between their exchanges."""
+    attend = ops.attention_lse if return_lse else ops.attention
+    return attend(q, k, v, backend=backend)
 
 
 # the blocks: residuals

@@ -63,9 +63,12 @@ class Site:
     backend: str | None
     reason: str | None
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return self.name, self.kind, self.runs, self.backend or "-", self.reason or ""
+
     def __str__(self) -> str:
-        cells = f"{self.name:44} {self.kind:10} {self.runs:30} {self.backend or '-':10}"
-        return f"{cells} {self.reason or ''}".rstrip()
+        return "  ".join(self.cells).rstrip()
 
 
 class Sites(list[Site]):
@@ -77,8 +80,9 @@ class Sites(list[Site]):
             number = re.search(r"(?<=\.)\d+(?=\.)", site.name)
             row = replace(site, name=re.sub(r"(?<=\.)\d+(?=\.)", "%s", site.name, count=1))
             numbers.setdefault(row, []).append(int(number[0]) if number else -1)
-        rows = (replace(r, name=r.name.replace("%s", _ranges(n))) for r, n in numbers.items())
-        return "\n".join(map(str, rows))
+        rows = [replace(r, name=r.name.replace("%s", _ranges(n))).cells for r, n in numbers.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _ranges(numbers: list[int]) -> str:
