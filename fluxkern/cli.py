@@ -1,4 +1,4 @@
-"""The command line: generate, env, bench, convert, train."""
+"""The command line: generate, env, bench, tune, convert, train."""
 
 from __future__ import annotations
 
@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_env(commands)
     _add_bench(commands)
+    _add_tune(commands)
     _add_convert(commands)
     _add_train(commands)
     return parser
@@ -541,6 +542,61 @@ def _bench(args: argparse.Namespace) -> None:
     status = subprocess.run(command, cwd=root).returncode
     if status:
         raise RuntimeError(f"the benchmarks ended with exit status {status}, see above")
+
+
+# tune
+
+
+def _add_tune(commands: Any) -> None:
+    summary = "Measure which backend of each op is fastest on this device; ops obey it."
+    command = _add_command(commands, _tune, "tune", summary)
+    add = command.add_argument
+    add("--op", nargs="+", metavar="OP", help="all that have more than one backend")
+    add("--shape", nargs="+", metavar="SHAPE", help="flux-512 and compact, on a GPU flux-1024 too")
+    add("--dtype", nargs="+", metavar="DTYPE", help="fp32 and bf16")
+    add("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, else cpu")
+    add("--rounds", type=int, metavar="N", help="samples of each")
+    add("--output", metavar="FILE", help="where ops do not look; the place where they do")
+
+
+def _tune(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from .bench import DTYPES as dtypes
+    from .bench import ROUNDS, keep_pages, pin_threads, tune
+    from .cases import CASES, SHAPES
+
+    gpu = torch.cuda.is_available()
+    device = args.device or ("cuda" if gpu else "cpu")
+    if device == "cuda" and not gpu:
+        raise ValueError("--device must be cpu where torch finds no CUDA GPU, got cuda")
+    chosen = (
+        _known("--op", args.op or [op for op in CASES if CASES[op].backends], CASES),
+        _known("--shape", args.shape or ["flux-512", *["flux-1024"] * gpu, "compact"], SHAPES),
+        _known("--dtype", args.dtype or ["fp32", "bf16"], dtypes),
+    )
+    if args.rounds is not None and args.rounds < 3:
+        raise ValueError(f"--rounds must be at least 3, got {args.rounds}")
+    pin_threads()
+    keep_pages()
+    output = Path(args.output) if args.output else None
+    with tqdm(total=len([*tune.comparisons(*chosen)]), unit="measurement") as bar:
+
+        def after_each(table: dict[str, Any], line: str) -> None:
+            tune.write(table, output)
+            bar.write(line)
+            bar.update()
+
+        table = tune.tune(*chosen, device, args.rounds or ROUNDS, after_each)
+    print(tune.write(table, output))
+
+
+def _known(option: str, given: list[str], names: Any) -> list[str]:
+    for name in given:
+        if name not in names:
+            raise ValueError(f"{option} must be one of {', '.join(names)}, got {name!r:.80}")
+    return given
 
 
 # convert

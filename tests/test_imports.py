@@ -26,7 +26,7 @@ LAYERS = {  # a layer and what it may import of fluxkern, besides itself
     "pipeline": {"_files", "checkpoint", "model", "ops"},
     "integrations": {"ops"},
     "compact": {"_files", "checkpoint", "model", "pipeline"},
-    "cli": {"_files", "checkpoint", "compact", "model", "ops", "pipeline"},
+    "cli": {"_files", "bench", "cases", "checkpoint", "compact", "model", "ops", "pipeline"},
     "__main__": {"cli"},
 }
 KERNELS = {"fluxkern.kernels", "fluxkern._C_cpu", "fluxkern._C_cuda", "triton"}

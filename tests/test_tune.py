@@ -9,6 +9,7 @@ import torch
 from fluxkern import ops
 from fluxkern.bench import tune
 from fluxkern.cases import SHAPES, Maker
+from fluxkern.cli import main
 from fluxkern.ops import _dispatch, measured
 
 HERE = torch.device("cpu")
@@ -123,3 +124,21 @@ def test_tuning_measures_and_what_it_writes_is_obeyed():
     maker = Maker(sizes, torch.float32)
     args = (maker.tokens(), *maker.rows()[:2], 1e-6)
     assert _dispatch.explain("norm_modulate", *args)[0].chosen == next(iter(order))
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--op", "abacus"), ("--shape", "square"), ("--dtype", "fp8"), ("--rounds", "1")],
+)
+def test_the_command_refuses_what_it_does_not_know(option: str, value: str, capsys):
+    assert main(["tune", option, value]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fluxkern: error: {option} must be") and value in said
+
+
+def test_the_command_writes_a_table_and_says_where(tmp_path: Path, capsys):
+    what = ("--op", "gated_residual", "--shape", "compact", "--dtype", "fp32", "--device", "cpu")
+    assert main(["tune", *what, "--rounds", "3", "--output", str(tmp_path / "t.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.rstrip().endswith("t.json") and "gated_residual, fp32, compact: " in out
+    assert set(measured.read(tmp_path / "t.json")) == {"gated_residual", "gated_residual_backward"}

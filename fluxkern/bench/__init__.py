@@ -5,6 +5,7 @@
 running before a clock starts; copies of as many bytes are timed in turn with them, as the ceiling.
 """
 
+from . import tune
 from .calls import CallCost, call_costs
 from .compare import (
     BASELINES,
@@ -79,6 +80,7 @@ __all__ = [
     "table",
     "timed",
     "timer_floor",
+    "tune",
     "unavoidable",
     "verify",
     "waited_for_cores",

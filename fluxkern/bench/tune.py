@@ -19,7 +19,7 @@ NAMES = {"eager": "reference"}  # of a provider, where its backend has another
 def comparisons(
     ops: list[str], shapes: list[str], dtypes: list[str]
 ) -> Iterator[tuple[str, str, str, str]]:
-    """(op, shape, dtype, direction) of all that has more than one backend of ours."""
+    """(op, shape, dtype, direction) of all that is measured."""
     for op in ops:
         for dtype in dtypes:
             for shape in shapes:
