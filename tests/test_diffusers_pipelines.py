@@ -23,9 +23,12 @@ from diffusers import (
     FluxPipeline,
     FluxPriorReduxPipeline,
 )
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from diffusers_models import distance, fused, tiny_transformer
+from PIL import Image
 from tiny_flux import SCHEDULE, tiny_vae, write_tiny_flux
 from torch import nn
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 import fluxkern
 from fluxkern import compact
@@ -121,11 +124,36 @@ def test_accelerated_and_original_give_the_same_latents(pipeline: type[Diffusion
     assert torch.equal(call(pipe), expected)
 
 
-def test_the_prior_of_redux_has_nothing_to_accelerate_and_its_embeddings_are_taken():
-    """Its output is what every other pipeline takes: prompt_embeds, here of 6 tokens."""
-    prior = FluxPriorReduxPipeline(image_encoder=None, feature_extractor=None, image_embedder=None)
+def test_the_prior_of_redux_has_no_block_and_its_embeddings_are_taken():
+    siglip = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    prior = FluxPriorReduxPipeline(
+        image_encoder=SiglipVisionModel(siglip).eval(),
+        feature_extractor=SiglipImageProcessor(size={"height": 32, "width": 32}),
+        image_embedder=ReduxImageEncoder(16, 4096),  # widths that the prior has written down
+    )
     with pytest.raises(ValueError, match="nothing to accelerate in FluxPriorReduxPipeline"):
         fluxkern.accelerate(prior)
+    pipe = build(FluxPipeline)
+    pipe.transformer = tiny_transformer(
+        in_channels=64, joint_attention_dim=4096, pooled_projection_dim=768
+    )
+    embeds = prior(Image.new("RGB", (32, 32), "red"))
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        settings = {"num_inference_steps": 2, "generator": generator, "output_type": "latent"}
+        return pipe(**embeds, **SIZE, **settings).images
+
+    expected = draw()
+    fluxkern.accelerate(pipe, strict=True)
+    assert distance(draw(), expected) < 1e-5
 
 
 def test_prompts_true_cfg_and_a_saved_pipeline(tmp_path: Path):
