@@ -3,6 +3,7 @@
 python3 -m benchmarks.memory double bf16 fluxkern flux-512
 """
 
+import ctypes
 import gc
 import json
 import sys
@@ -45,6 +46,8 @@ def peak(kind: str, dtype: str, provider: str, shape: str) -> dict[str, Any]:
     gc.collect()
     before = status("VmRSS")
     block, call = block_and_call(kind, to, provider, SHAPES[shape])
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what drawing the weights has left goes back to the system
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     call()
     weights = sum(p.nbytes for p in block.parameters())

@@ -332,7 +332,7 @@ def test_writing_into_joint_buffers_gives_the_bits_of_the_path_with_gradients(
     assert not stream.buffers
     with torch.no_grad():
         in_place = block._qkv(stream, h, cos, sin)
-    joint = stream.buffers["qkv"].untyped_storage().data_ptr()
+    joint = stream.buffers["wide"].untyped_storage().data_ptr()
     for found, expected in zip(in_place, functional, strict=True):
         assert found.untyped_storage().data_ptr() == joint
         assert torch.equal(found, expected)

@@ -1,5 +1,6 @@
 """The FLUX.1 transformer, built on `fluxkern.ops`; parameters carry BFL's names."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -248,7 +249,8 @@ class Stream:
     """The joint residual stream of one call, text first.
 
     A branch is added to it by the norm that opens the next one, in the same pass. Without gradients
-    the products of all blocks write into the same buffers, text and image rows of one tensor.
+    the products of all blocks write into the same two buffers, text and image rows of one tensor:
+    "wide" is that of q, k, v until they have attended, then the MLP's; "branch" is what is added.
 
     Args:
         x: [B, Lt + Li, C].
@@ -296,12 +298,14 @@ class Stream:
         return x.split((self.txt_len, x.shape[1] - self.txt_len), 1)
 
     def buffer(self, name: str, channels: int) -> Tensor | None:
-        """[B, L, channels], the same each time; None where products need gradients."""
+        """[B, L, channels], the same memory each time; None where products need gradients."""
         if torch.is_grad_enabled():
             return None
-        if name not in self.buffers:
-            self.buffers[name] = self.x.new_empty((*self.x.shape[:2], channels))
-        return self.buffers[name]
+        shape = (*self.x.shape[:2], channels)
+        if name not in self.buffers or self.buffers[name].numel() < math.prod(shape):
+            self.buffers.pop(name, None)  # its memory may be taken at once
+            self.buffers[name] = self.x.new_empty(math.prod(shape))
+        return self.buffers[name][: math.prod(shape)].view(shape)
 
     def linear(self, name: str, x: Tensor, layer: Part, activation: str | None = None) -> Tensor:
         """A product of all tokens, [B, L, Cout], into the buffer of that name."""
@@ -319,7 +323,8 @@ class Stream:
 
     def joined(self, name: str, parts: tuple[Tensor, Tensor]) -> Tensor:
         """The products that `linears` gave as one tensor [B, L, C]."""
-        return torch.cat(parts, 1) if torch.is_grad_enabled() else self.buffers[name]
+        joint = self.buffer(name, parts[0].shape[-1])
+        return torch.cat(parts, 1) if joint is None else joint
 
 
 class DoubleStreamBlock(nn.Module):
@@ -344,7 +349,7 @@ class DoubleStreamBlock(nn.Module):
         stream.add(stream.joined("branch", parts), txt_mod[2], img_mod[2])
         h = stream.norm(txt_mod[3:5], img_mod[3:5])
         mlps = (self.txt_mlp, self.img_mlp)
-        parts = stream.linears("mlp", stream.split(h), tuple(m[0] for m in mlps), "gelu_tanh")
+        parts = stream.linears("wide", stream.split(h), tuple(m[0] for m in mlps), "gelu_tanh")
         parts = stream.linears("branch", parts, tuple(m[2] for m in mlps))
         stream.add(stream.joined("branch", parts), txt_mod[5], img_mod[5])
 
@@ -352,11 +357,11 @@ class DoubleStreamBlock(nn.Module):
         """Joint q, k, v [B, L, H, D], q and k normed and rotated."""
         layers = (self.txt_attn.qkv, self.img_attn.qkv)
         weights = (*self.txt_attn.norm.weights, *self.img_attn.norm.weights)
-        parts = stream.linears("qkv", stream.split(h), layers)
+        parts = stream.linears("wide", stream.split(h), layers)
         if torch.is_grad_enabled():
             txt, img = (_split_heads(part, self.num_heads) for part in parts)
             return ops.joint_qk_norm_rope(*txt, *img, *weights, cos, sin)
-        q, k, v = _split_heads(stream.joined("qkv", parts), self.num_heads)
+        q, k, v = _split_heads(stream.joined("wide", parts), self.num_heads)
         ops.qk_norm_rope_(q, k, *weights, cos, sin, stream.txt_len)
         return q, k, v
 
@@ -383,9 +388,11 @@ class SingleStreamBlock(nn.Module):
         twin = tuple(t.view_as(t) for t in mod)  # a compiled Function takes no tensor twice
         h = stream.norm(mod[:2], twin[:2])
         qkv_layer, mlp_layer = _row_parts(self.linear1, self.rows)
-        qkv = _split_heads(stream.linear("qkv", h, qkv_layer), self.num_heads)
+        qkv = _split_heads(stream.linear("wide", h, qkv_layer), self.num_heads)
         attn = ops.rope_attention(*qkv, *self.norm.weights, cos, sin).flatten(2)
-        mlp = stream.linear("mlp", h, mlp_layer, "gelu_tanh")
+        del qkv  # its memory is the MLP's
+        mlp = stream.linear("wide", h, mlp_layer, "gelu_tanh")
+        del h
         attn_layer, mlp_layer = _column_parts(self.linear2, self.columns)
         y = stream.linear("branch", attn, attn_layer)
         if torch.is_grad_enabled():
