@@ -1,5 +1,5 @@
 // The private torch ops of attention, as bindings.h has those over the stream; included after
-// bindings_heads.h. `kernels` declares attention.
+// bindings_heads.h. `kernels` declares attention and the scratch of rope_attention.
 #pragma once
 
 #include "bindings_heads.h"
@@ -35,7 +35,7 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out
     run(q, [&](const kernels::Context& context) {
         return kernels::attention(c.dtype, c.all("q", q), c.keys("k", k), c.keys("v", v), nullptr,
                                   nullptr, none, none, c.all("out", out), sums, c.all_sizes, 0.0f,
-                                  context);
+                                  nullptr, context);
     });
 }
 
@@ -53,10 +53,13 @@ void rope_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
                     const Tensor& out) {
     const AttentionCall c(q, q);
     run(q, [&](const kernels::Context& context) {
+        const Tensor scratch = scratch_floats(
+            q, kernels::rope_attention_scratch(c.dtype, c.all_sizes, context));
         return kernels::attention(c.dtype, c.all("q", q), c.keys("k", k), c.keys("v", v),
                                   c.weight("q_weight", q_weight), c.weight("k_weight", k_weight),
                                   c.angles("cos", cos), c.angles("sin", sin), c.all("out", out),
-                                  nullptr, c.all_sizes, float(eps), context);
+                                  nullptr, c.all_sizes, float(eps),
+                                  static_cast<float*>(scratch.data_ptr()), context);
     });
 }
 

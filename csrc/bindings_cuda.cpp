@@ -21,11 +21,12 @@ void check(cudaError_t error) {
 #ifdef FLUXKERN_HOST
 
 constexpr int MULTIPROCESSORS = 3;  // few, so that small tests have strips of several rows
+constexpr int SHARED_MEMORY = 164 << 10;
 
 template <class Launch>
 void run(const Tensor& x, Launch launch) {
     STD_TORCH_CHECK(x.is_cpu(), "the host layer takes CPU tensors");
-    check(launch(kernels::Context{nullptr, MULTIPROCESSORS}));
+    check(launch(kernels::Context{nullptr, MULTIPROCESSORS, SHARED_MEMORY}));
 }
 
 #else
@@ -53,6 +54,8 @@ void run(const Tensor& x, Launch launch) {
     const torch::stable::accelerator::DeviceGuard guard(device);
     kernels::Context context = {current_stream(device), 0};
     check(cudaDeviceGetAttribute(&context.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    check(cudaDeviceGetAttribute(&context.shared_memory,
+                                 cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
     check(launch(context));
 }
 
@@ -61,8 +64,8 @@ void run(const Tensor& x, Launch launch) {
 }  // namespace
 }  // namespace fluxkern::bindings
 
+#include "bindings_attention.h"
 #include "bindings_gelu_tanh.h"
-#include "bindings_heads.h"
 
 namespace fluxkern::bindings {
 namespace {
@@ -70,12 +73,14 @@ namespace {
 void define_all(torch::stable::detail::StableLibrary& library) {
     define_ops(library);
     define_ops(library, HEAD_OPS);
+    define_ops(library, ATTENTION_OPS);
     define_ops(library, GELU_OPS);
 }
 
 void implement_all(torch::stable::detail::StableLibrary& library) {
     implement_ops(library);
     implement_ops(library, HEAD_OPS);
+    implement_ops(library, ATTENTION_OPS);
     implement_ops(library, GELU_OPS);
 }
 

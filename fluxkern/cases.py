@@ -309,7 +309,7 @@ CASES = {
         "reads q, k, v, writes out; backward reads out and dout too and writes three;"
         " two products of L x L x D a head",
         _attention_flops,
-        ("cpu", "triton"),
+        ("cpu", "triton", "cuda"),
     ),
     "attention_lse": Case(
         _attention,
@@ -317,7 +317,7 @@ CASES = {
         lambda s: 8 * s.heads_of_all,
         "as attention",
         _attention_flops,
-        ("cpu", "triton"),
+        ("cpu", "triton", "cuda"),
     ),
     "rope_attention": Case(
         _rope_attention,
@@ -325,7 +325,7 @@ CASES = {
         None,
         "as attention: norm and rotation need no pass of their own",
         _attention_flops,
-        ("cpu", "triton"),
+        ("cpu", "triton", "cuda"),
     ),
     "linear": Case(
         _linear,

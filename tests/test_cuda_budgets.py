@@ -14,15 +14,17 @@ pytestmark = pytest.mark.build
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_of_fluxkern")
 BUDGETS = json.loads((ROOT / "tests/budgets.json").read_text())["cuda"]
-VECTORS = re.compile(r"L[ib](\d)E")
+NUMBERS = re.compile(r"L[ib](\d+)E")
 
 
 def kernel_of(function: str) -> str:
-    """norm_modulate_kernel<1> of the mangled name: 1 and 2 vectors a thread, 0 single elements."""
+    """norm_modulate_kernel<1> of the mangled name: 1 and 2 vectors a thread, 0 single elements;
+    attention_kernel<128, 64>: D and keys of a tile."""
     name, arguments = re.search(r"\d([a-z_]+_kernel)I(\S*?)Ev", function).groups()
-    if name == "sum_strips_kernel":
+    numbers = NUMBERS.findall(arguments)
+    if name == "sum_strips_kernel" or not numbers:
         return name
-    return f"{name}<{VECTORS.search(arguments)[1]}>"
+    return f"{name}<{', '.join(numbers)}>"
 
 
 @pytest.fixture(scope="module")

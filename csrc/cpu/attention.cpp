@@ -230,21 +230,20 @@ void write(const Attention& a, const Heads& out, float* lse, int64_t b, int64_t 
 
 void attention(DType dtype, Heads q, Heads k, Heads v, const void* q_weight, const void* k_weight,
                Angles cos, Angles sin, Heads out, float* lse, const AttentionSizes& sizes,
-               float eps, const Context& context) {
+               float eps, float* scratch, const Context& context) {
     const int64_t D = sizes.D, tiles = (sizes.L + TILE - 1) / TILE;
     const int64_t stride = D <= 64 ? 64 : D <= 128 ? 128 : rounded_up(D, WIDTH);
     const float factor = LOG2_E / __builtin_sqrtf(float(D));
-    const Buffer table(q_weight == nullptr ? 0 : sizes.L * padded(D));
     if (q_weight != nullptr) {
         parallel(context, sizes.L, GRAIN / (D + 1) + 1, [&](int64_t begin, int64_t end) {
             for (int64_t l = begin; l < end; ++l) {
-                rotation_of(cos, sin, l, D, table.data + l * padded(D));
+                rotation_of(cos, sin, l, D, scratch + l * padded(D));
             }
         });
     }
     with_dtype(dtype, [&]<class T>(T) {
-        const Rotary<T> queries = {static_cast<const T*>(q_weight), table.data, D, eps, factor};
-        const Rotary<T> keys = {static_cast<const T*>(k_weight), table.data, D, eps, 1};
+        const Rotary<T> queries = {static_cast<const T*>(q_weight), scratch, D, eps, factor};
+        const Rotary<T> keys = {static_cast<const T*>(k_weight), scratch, D, eps, 1};
         parallel(context, sizes.B * sizes.H * tiles, 1, [&](int64_t begin, int64_t end) {
             const Attention a(sizes, stride);
             for (int64_t i = begin; i < end; ++i) {

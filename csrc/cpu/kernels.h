@@ -84,7 +84,7 @@ FLUXKERN_KERNEL(qk_norm_rope_backward, DType, Heads dq_out, Heads dk_out, Heads 
                 void* img_dk_weight, const HeadSizes&, float eps, float* scratch, const Context&)
 FLUXKERN_KERNEL(attention, DType, Heads q, Heads k, Heads v, const void* q_weight,
                 const void* k_weight, Angles cos, Angles sin, Heads out, float* lse,
-                const AttentionSizes&, float eps, const Context&)
+                const AttentionSizes&, float eps, float* scratch, const Context&)
 FLUXKERN_KERNEL(gelu_tanh, DType, Tokens x, Tokens out, const Sizes&, const Context&)
 FLUXKERN_KERNEL(gelu_tanh_backward, DType, Tokens dy, Tokens x, Tokens dx, const Sizes&,
                 const Context&)
@@ -156,6 +156,11 @@ static inline int64_t group_norm_silu_backward_scratch(const ImageSizes& sizes,
     if (!sizes.channels_last) return a_row_each;
     const int64_t chunks = blocks_of(sizes, pixels_of_a_chunk(sizes));
     return group_norm_silu_scratch(sizes, context) + (2 + chunks) * a_row_each;
+}
+
+// Of an attention that norms and rotates: the angles, a row a token.
+static inline int64_t rope_attention_scratch(DType, const AttentionSizes& sizes, const Context&) {
+    return sizes.L * padded(sizes.D);
 }
 
 static inline int64_t modulation_scratch(const MatrixSizes& sizes, const Context&) {

@@ -17,7 +17,8 @@ namespace fluxkern::cuda {
 
 struct Context {
     cudaStream_t stream;
-    int multiprocessors;  // of the current device
+    int multiprocessors;         // of the current device
+    int shared_memory = 100 << 10;  // bytes of one of them
 };
 
 // Streams: tokens before txt_len take the vectors txt_*, the others img_*. A gradient of a stream
@@ -59,8 +60,8 @@ cudaError_t gated_residual_norm_modulate_backward(DType dtype, Tokens dx_new, To
                                                   float eps, float* scratch,
                                                   const Context& context);
 
-// Text and image of q and k, and v copied beside them unless it has no data. q, k may be the inputs
-// themselves. Weights: [D] of the dtype.
+// Text and image of q and k, and v copied beside them unless it has no data; k alone where the new
+// q has none. q, k may be the inputs themselves. Weights: [D] of the dtype.
 cudaError_t qk_norm_rope(DType dtype, Heads txt_q, Heads txt_k, Heads txt_v, Heads img_q,
                          Heads img_k, Heads img_v, const void* txt_q_weight,
                          const void* txt_k_weight, const void* img_q_weight,
@@ -77,6 +78,15 @@ cudaError_t qk_norm_rope_backward(DType dtype, Heads dq_out, Heads dk_out, Heads
                                   void* txt_dk_weight, void* img_dq_weight, void* img_dk_weight,
                                   HeadSizes sizes, float eps, float* scratch,
                                   const Context& context);
+
+int64_t rope_attention_scratch(DType dtype, const AttentionSizes& sizes, const Context& context);
+
+// lse: [B, L, H], or none. With weights, [D] of the dtype, q and k are normed and rotated first,
+// which takes scratch.
+cudaError_t attention(DType dtype, Heads q, Heads k, Heads v, const void* q_weight,
+                      const void* k_weight, Angles cos, Angles sin, Heads out, float* lse,
+                      const AttentionSizes& sizes, float eps, float* scratch,
+                      const Context& context);
 
 cudaError_t gelu_tanh(DType dtype, Tokens x, Tokens out, Sizes sizes, const Context& context);
 

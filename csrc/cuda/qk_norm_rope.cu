@@ -277,10 +277,10 @@ cudaError_t qk_norm_rope(DType dtype, Heads txt_q, Heads txt_k, Heads txt_v, Hea
         lanes_hold(sizes.D) && aligned(dtype, txt_q, txt_k, txt_v, img_q, img_k, img_v, q, k, v,
                                        txt_q_weight, txt_k_weight, img_q_weight, img_k_weight);
     const int64_t blocks = (sizes.B * sizes.L + WARPS - 1) / WARPS;
+    const int jobs = q.data == nullptr ? 1 : v.data == nullptr ? 2 : 3;
     return with_elements(dtype, vectors, [&]<class T, bool VECTORS>() {
-        return launch(context, qk_norm_rope_kernel<T, VECTORS>, blocks * (v.data ? 3 : 2),
-                      WARPS * WARP, 0, q_job, k_job, v_job, cos, sin, sizes, unsigned(blocks),
-                      eps);
+        return launch(context, qk_norm_rope_kernel<T, VECTORS>, blocks * jobs, WARPS * WARP, 0,
+                      q.data ? q_job : k_job, k_job, v_job, cos, sin, sizes, unsigned(blocks), eps);
     });
 }
 

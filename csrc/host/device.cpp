@@ -178,6 +178,7 @@ UNSEEN void prepare(Thread& thread) {
     thread.asan_stack = nullptr;
     thread.state = State::ready;
     thread.parity = false;
+    thread.meetings = thread.copies = 0;
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(stack_of(thread) + PAGE, STACK - PAGE);
 #endif
@@ -367,6 +368,36 @@ UNSEEN uint64_t exchange(uint32_t mask, int source_lane, uint64_t value, Site si
     thread.value = value;
     wait(State::at_exchange, site);
     return thread.value;
+}
+
+// Words of one meeting stay until the next but one, which no lane comes to before all have read.
+UNSEEN void meet(const uint64_t (&words)[WORDS], Site site) {
+    Thread& thread = self();
+    ++thread.meetings;
+    for (int i = 0; i < WORDS; ++i) thread.brought[thread.meetings & 1][i] = words[i];
+    exchange(~0u, thread.linear % WARP, 0, site);
+}
+
+UNSEEN const void* brought(int lane) {
+    const Thread& thread = self();
+    return thread_at(thread.linear / WARP * WARP + lane).brought[thread.meetings & 1];
+}
+
+UNSEEN void start_copy(void* to, const void* from, int bytes) {
+    Thread& thread = self();
+    if (thread.copies == COPIES) std::abort();
+    thread.under_way[thread.copies++] = {to, from, bytes};
+    std::memset(to, 0xff, bytes);
+}
+
+UNSEEN void finish_copies() {
+    Thread& thread = self();
+    for (int i = 0; i < thread.copies; ++i) {
+        const Copy& copy = thread.under_way[i];
+        if (copy.from == nullptr) std::memset(copy.to, 0, copy.bytes);
+        if (copy.from != nullptr) std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    thread.copies = 0;
 }
 
 UNSEEN cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,

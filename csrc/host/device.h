@@ -11,6 +11,8 @@
 namespace fluxkern::host {
 
 constexpr int WARP = 32;
+constexpr int WORDS = 4;    // that a lane may bring when its warp meets
+constexpr int COPIES = 64;  // that a thread may have under way
 constexpr size_t STACK = size_t(1) << 18;  // bytes, a power of two; lies at a multiple of itself
 
 struct Site {  // where a thread waits, or where nobody does
@@ -23,6 +25,12 @@ struct Site {  // where a thread waits, or where nobody does
 };
 
 enum class State { ready, at_block_barrier, at_warp_barrier, at_exchange, done };
+
+struct Copy {  // under way to shared memory
+    void* to;
+    const void* from;  // none: zeros
+    int bytes;
+};
 
 struct Thread {  // at the top of its own stack
     uint3 index, block_index, block_dim, grid_dim;
@@ -39,6 +47,10 @@ struct Thread {  // at the top of its own stack
     bool parity;      // which of the two release points below the next barrier of the warp takes
     uint32_t parities;  // those the lanes of the barrier just left have taken
     char released[2];
+    uint64_t brought[2][WORDS];  // to the last two meetings of the warp
+    int meetings;
+    int copies;
+    Copy under_way[COPIES];
 };
 
 // The thread that runs, found by its stack: no global that TSan would see written by all.
@@ -54,6 +66,12 @@ inline int lane() {
 void block_barrier(Site site);
 void warp_barrier(uint32_t mask, Site site);
 uint64_t exchange(uint32_t mask, int source_lane, uint64_t value, Site site);
+void meet(const uint64_t (&words)[WORDS], Site site);  // all lanes of the warp, with these
+const void* brought(int lane);                         // to the last meeting
+
+// Asynchronous copies: what they go to holds NaN until they are waited for.
+void start_copy(void* to, const void* from, int bytes);
+void finish_copies();
 
 // What the kernel asked for and did, checked as a GPU would.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,

@@ -1,5 +1,7 @@
 """Attention over the joint sequence, without a mask."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -44,7 +46,23 @@ def _backward_on_cpu(
     return tuple(t.transpose(1, 2).contiguous() for t in backward(*heads_first, 0.0, False))
 
 
-_dispatch.register("attention_backward", _dispatch.on_cpu(_backward_on_cpu))
+def _backward_on_cuda(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _dispatch.run("attention_backward", "triton", *args)
+
+
+def _against_cuda(*args: Tensor) -> str | None:
+    return _ON_CUDA.unsupported(*args) or _dispatch._reason(
+        "attention_backward", "triton", args, named=True
+    )
+
+
+_ON_CPU, _ON_CUDA = _dispatch.on_cpu(_backward_on_cpu), _dispatch.on_cuda(_backward_on_cuda)
+for _backend in (
+    _ON_CPU,
+    replace(_ON_CPU, name="cuda-host", only_named="it is the cpu backend's"),
+    replace(_ON_CUDA, unsupported=_against_cuda),
+):
+    _dispatch.register("attention_backward", _backend)
 
 
 class _AttentionLse(torch.autograd.Function):
