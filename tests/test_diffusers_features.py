@@ -1,7 +1,10 @@
 """What a diffusers user does with a FLUX transformer, before and after fluxkern.accelerate."""
 
 import copy
+import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -593,3 +596,16 @@ def test_projections_of_another_function_are_called(model: FluxTransformer2DMode
 def test_context_parallel_over_two_processes(degrees: dict, order: str, tmp_path: Path):
     torch.multiprocessing.spawn(diffusers_parallel.main, (str(tmp_path), degrees, order), nprocs=2)
     assert all(float((tmp_path / str(rank)).read_text()) < 1e-5 for rank in (0, 1))
+
+
+def test_the_example_of_a_lora_fine_tune_has_the_originals_losses(tmp_path: Path):
+    pytest.importorskip("peft")
+    example = Path(__file__).parents[1] / "examples" / "train_lora.py"
+    found = {}
+    for extra in ((), ("--original",)):
+        command = [sys.executable, str(example), "--steps", "12", "--output", str(tmp_path), *extra]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found[extra] = json.loads(done.stdout)["losses"]
+    assert len(found[()]) == 12 and found[()] == pytest.approx(found[("--original",)], rel=1e-4)
+    assert list(tmp_path.glob("*.safetensors"))
