@@ -4,18 +4,23 @@ import copy
 import logging
 import pickle
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers import transformer_flux
 from diffusers_models import distance, fused, inputs, run, tiny_transformer
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import fluxkern
 from fluxkern import compact
 from fluxkern.integrations import _flux_modules
+from fluxkern.integrations import diffusers as drop_in
 
 
 @pytest.fixture(autouse=True)
@@ -255,6 +260,47 @@ def test_a_processor_of_another_signature_is_found(model, monkeypatch: pytest.Mo
     monkeypatch.setattr(transformer_flux.FluxAttnProcessor, "__call__", other)
     with pytest.raises(ValueError, match="this diffusers is not the known one"):
         fluxkern.accelerate(model)
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def bf16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def attention_of_a_gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", None)
+        yield
+
+
+SURROUNDINGS = [
+    bf16_by_default,
+    attention_of_a_gpu,
+    Mode,
+    torch.inference_mode,
+    lambda: torch.device("meta"),
+    lambda: torch.autocast("cpu", torch.bfloat16),
+    lambda: attention_backend("_native_math"),
+]
+
+
+@pytest.mark.parametrize("surrounding", SURROUNDINGS)
+def test_what_a_program_has_set_makes_no_class_unknown(surrounding):
+    drop_in._try_each.cache_clear()
+    state = torch.get_rng_state()
+    with surrounding():
+        assert set(drop_in._reasons_of_this_diffusers().values()) == {None}
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # taken back

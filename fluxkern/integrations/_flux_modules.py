@@ -213,7 +213,8 @@ def _intercepted() -> bool:
     if F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention:
         return True
     modes = _get_current_function_mode_stack()  # torch's own are those of devices and of export
-    return any(not type(mode).__module__.startswith("torch.") for mode in modes)
+    others = any(not type(mode).__module__.startswith("torch.") for mode in modes)
+    return others and not torch._C._is_torch_function_all_disabled()
 
 
 class FluxAttention(Fused, transformer_flux.FluxAttention):

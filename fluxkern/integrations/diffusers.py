@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from types import MethodType
@@ -13,6 +14,7 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers import transformer_flux
 from torch import nn
+from torch.nn import functional as F
 
 from .. import ops
 from ._flux_modules import FUSED, FluxAttention, Fused, Settings, warn_once
@@ -287,14 +289,31 @@ def _reasons_of_this_diffusers() -> dict[type[nn.Module], str | None]:
 
 @cache
 def _try_each(*_: object) -> dict[type[nn.Module], str | None]:
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
-        with attention_backend("native"):
-            try:
-                model = _small_model()
-                expected = _run(model)
-            except Exception as error:  # whatever a diffusers that is not known may raise
-                return dict.fromkeys(FUSED, f"this diffusers is not the known one: {error}")
-            return {original: _difference(model, original, expected) for original in FUSED}
+    with _nothing_else():
+        try:
+            model = _small_model()
+            expected = _run(model)
+        except Exception as error:  # whatever a diffusers that is not known may raise
+            return dict.fromkeys(FUSED, f"this diffusers is not the known one: {error}")
+        return {original: _difference(model, original, expected) for original in FUSED}
+
+
+@contextmanager
+def _nothing_else() -> Iterator[None]:
+    """On a CPU and without what a program may have set for its own calls."""
+    replaced = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
+    try:
+        with (
+            torch._C.DisableTorchFunction(),  # modes: default devices, packages that intercept
+            torch.autocast("cpu", enabled=False),
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            attention_backend("native"),
+        ):
+            yield
+    finally:
+        F.scaled_dot_product_attention = replaced
 
 
 def _small_model() -> FluxTransformer2DModel:
@@ -317,10 +336,12 @@ def _small_model() -> FluxTransformer2DModel:
 def _run(model: FluxTransformer2DModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     img, txt, pooled = (
-        torch.randn(size, generator=generator) for size in ((2, 4, 4), (2, 3, 8), (2, 8))
+        torch.randn(size, generator=generator, dtype=torch.float32)
+        for size in ((2, 4, 4), (2, 3, 8), (2, 8))
     )
-    ids = torch.arange(21.0).view(7, 3)
-    return model(img, txt, pooled, torch.tensor([0.3, 0.7]), ids[:4], ids[4:]).sample
+    ids = torch.arange(21, dtype=torch.float32).view(7, 3)
+    timestep = torch.tensor([0.3, 0.7], dtype=torch.float32)
+    return model(img, txt, pooled, timestep, ids[:4], ids[4:]).sample
 
 
 def _difference(
