@@ -1,5 +1,6 @@
 """Each FLUX pipeline of diffusers from tiny random components: accelerated against original."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,37 @@ def test_prompts_true_cfg_and_a_saved_pipeline(tmp_path: Path):
     loaded = FluxPipeline.from_pretrained(tmp_path / "saved", local_files_only=True)
     loaded.set_progress_bar_config(disable=True)
     assert np.array_equal(draw(loaded), expected)
+
+
+def test_a_lora_file_loads_scales_fuses_and_unloads(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    pipe = build(FluxPipeline)
+    donor = copy.deepcopy(pipe.transformer)
+    names = ["to_q", "to_out.0", "add_k_proj", "proj_mlp", "norm.linear"]
+    donor.add_adapter(
+        peft.LoraConfig(r=2, lora_alpha=2, target_modules=names, init_lora_weights=False)
+    )
+    layers = peft.get_peft_model_state_dict(donor)
+    FluxPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    load = {"adapter_name": "style", "use_safetensors": True, "local_files_only": True}
+    original = copy.deepcopy(pipe)
+    original.load_lora_weights(tmp_path, **load)
+    fluxkern.accelerate(pipe, strict=True)
+    plain = call(pipe)
+    pipe.load_lora_weights(tmp_path, **load)
+    for scale in (1.0, 0.3):
+        for each in (pipe, original):
+            each.set_adapters("style", scale)
+        styled = call(pipe)
+        assert distance(styled, call(original)) < 1e-5 < 1e-3 < distance(styled, plain)
+    pipe.load_lora_weights(tmp_path, **load, hotswap=True)
+    pipe.unload_lora_weights()
+    assert torch.equal(call(pipe), plain)
+    pipe.load_lora_weights(tmp_path, **load)
+    whole = call(pipe)
+    pipe.fuse_lora()
+    assert distance(call(pipe), whole) < 1e-5
+    assert not any(site.reason for site in fluxkern.explain(pipe))
 
 
 def test_a_pipeline_made_of_another_shares_what_is_accelerated():
