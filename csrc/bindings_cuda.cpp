@@ -66,6 +66,7 @@ void run(const Tensor& x, Launch launch) {
 
 #include "bindings_attention.h"
 #include "bindings_gelu_tanh.h"
+#include "bindings_modulation.h"
 
 namespace fluxkern::bindings {
 namespace {
@@ -75,6 +76,7 @@ void define_all(torch::stable::detail::StableLibrary& library) {
     define_ops(library, HEAD_OPS);
     define_ops(library, ATTENTION_OPS);
     define_ops(library, GELU_OPS);
+    define_ops(library, MODULATION_OPS);
 }
 
 void implement_all(torch::stable::detail::StableLibrary& library) {
@@ -82,6 +84,7 @@ void implement_all(torch::stable::detail::StableLibrary& library) {
     implement_ops(library, HEAD_OPS);
     implement_ops(library, ATTENTION_OPS);
     implement_ops(library, GELU_OPS);
+    implement_ops(library, MODULATION_OPS);
 }
 
 }  // namespace

@@ -349,7 +349,7 @@ CASES = {
         None,
         "reads the weight, 6 C x C",
         lambda s: 12 * s.batch * s.hidden**2,
-        ("cpu", "triton"),
+        ("cpu", "triton", "cuda"),
     ),
     "gelu_tanh": Case(
         _gelu_tanh,

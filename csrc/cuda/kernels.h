@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "../heads.h"
+#include "../matrices.h"
 #include "../views.h"
 
 namespace fluxkern::cuda {
@@ -87,6 +88,14 @@ cudaError_t attention(DType dtype, Heads q, Heads k, Heads v, const void* q_weig
                       const void* k_weight, Angles cos, Angles sin, Heads out, float* lse,
                       const AttentionSizes& sizes, float eps, float* scratch,
                       const Context& context);
+
+inline int64_t modulation_scratch(const MatrixSizes&, const Context&) {
+    return 0;
+}
+
+// vec [S, B, K], weight [N, K], bias [N] or none, out [S B, N].
+cudaError_t modulation(DType dtype, Tokens vec, Rows weight, const void* bias, Rows out,
+                       const MatrixSizes& sizes, float* scratch, const Context& context);
 
 cudaError_t gelu_tanh(DType dtype, Tokens x, Tokens out, Sizes sizes, const Context& context);
 
