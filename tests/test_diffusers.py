@@ -19,13 +19,13 @@ from torch.overrides import TorchFunctionMode
 
 import fluxkern
 from fluxkern import compact
-from fluxkern.integrations import _flux_modules
+from fluxkern.integrations import _fused
 from fluxkern.integrations import diffusers as drop_in
 
 
 @pytest.fixture(autouse=True)
 def _warn_anew() -> None:
-    _flux_modules.warn_once.cache_clear()
+    _fused.warn_once.cache_clear()
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import fluxkern
-from fluxkern.integrations import _flux_modules
+from fluxkern.integrations import _fused
 
 ATTENTION = {f"{kind}transformer_blocks.{n}.attn" for kind in ("", "single_") for n in (0, 1)}
 DOUBLE_ATTENTION = {name for name in ATTENTION if not name.startswith("single")}
@@ -39,7 +39,7 @@ DOUBLE_ATTENTION = {name for name in ATTENTION if not name.startswith("single")}
 
 @pytest.fixture(autouse=True)
 def _clean():
-    _flux_modules.warn_once.cache_clear()
+    _fused.warn_once.cache_clear()
     yield
     _AttentionBackendRegistry.set_active_backend("native")
     torch._dynamo.reset()
@@ -75,11 +75,13 @@ def model_offload(model: FluxTransformer2DModel, folder: Path) -> None:
 
 
 def block_offload(model: FluxTransformer2DModel, folder: Path) -> None:
+    pytest.importorskip("accelerate")
     cpu = torch.device("cpu")
     model.enable_group_offload(cpu, cpu, "block_level", 1, offload_to_disk_path=str(folder))
 
 
 def leaf_offload(model: FluxTransformer2DModel, folder: Path) -> None:
+    pytest.importorskip("accelerate")
     cpu = torch.device("cpu")
     model.enable_group_offload(cpu, cpu, "leaf_level", offload_to_disk_path=str(folder))
 
@@ -219,7 +221,7 @@ def test_feature_and_accelerate_in_either_order(
     assert {site.name for site in sites if site.reason} == FEATURES[feature]
     fluxkern.restore(model)
     assert not fused(fluxkern.explain(model))
-    assert not any(isinstance(m, _flux_modules.Fused) for m in model.modules())
+    assert not any(isinstance(m, _fused.Fused) for m in model.modules())
     if feature not in NAMES:  # a cache is elsewhere by now
         assert agree(steps(model), expected)
 

@@ -5,9 +5,8 @@ and signature, so an instance becomes one by its `__class__` alone. Every Linear
 weight is never read. A call that the ops cannot take goes to the original forward, with a reason.
 """
 
-import logging
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
@@ -24,47 +23,9 @@ from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
 from .. import ops
+from ._fused import Fused, differ, hooked
 
-log = logging.getLogger("fluxkern")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-@dataclass
-class Settings:
-    """What `accelerate` was asked for, kept by every module it changed.
-
-    Args:
-        backend: of every op; None leaves the choice to the ops.
-        strict: a call that would run the original code raises.
-        reason: why the last call ran the original code, None if it did not.
-        attention_reason: the same of the attention behind norm and rotation.
-    """
-
-    backend: str | None
-    strict: bool
-    reason: str | None = None
-    attention_reason: str | None = None
-
-
-@cache
-def warn_once(reason: str) -> None:
-    log.warning("diffusers' own code runs where %s", reason)
-
-
-@torch.compiler.assume_constant_result
-def _tell(reason: str, strict: bool) -> None:
-    # when compiled it runs once, while the call is traced
-    if strict:
-        raise NotImplementedError(f"strict: diffusers' own code would run: {reason}")
-    warn_once(reason)
-
-
-def hooked(module: nn.Module) -> str | None:
-    """The reason why `module` must be called, whatever its class computes."""
-    own = module.__dict__
-    if "forward" in own or any(own[hooks] for hooks in _HOOKS):
-        return f"a {type(module).__name__} has a hook"
-    return None
+# LayerNorm, scale and shift
 
 
 def _layer_norm(norm: nn.Module) -> str | None:
@@ -75,42 +36,6 @@ def _layer_norm(norm: nn.Module) -> str | None:
     return hooked(norm)
 
 
-def _same_kind(x: Tensor, *others: Tensor) -> str | None:
-    for other in others:
-        if other.dtype != x.dtype:
-            return f"tensors of {x.dtype} and {other.dtype} meet"
-        if other.device != x.device:
-            return f"tensors on {x.device} and {other.device} meet"
-    return None
-
-
-class Fused:
-    """A module that `accelerate` changed: `original` is its class before, `why_not` the reason
-    against the ops as the module stands."""
-
-    original: type[nn.Module]
-    _fluxkern: Settings
-
-    def why_not(self) -> str | None:
-        return None
-
-    @property
-    def backend(self) -> str | None:
-        return self._fluxkern.backend
-
-    def runs_original(self, reason: str | None, field: str = "reason") -> bool:
-        """Notes, and tells of, the reason why this call runs the original code."""
-        if not torch.compiler.is_compiling():
-            setattr(self._fluxkern, field, reason)
-        if reason is None:
-            return False
-        _tell(reason, self._fluxkern.strict)
-        return True
-
-
-# LayerNorm, scale and shift
-
-
 class _AdaLayerNorm(Fused):
     def why_not(self) -> str | None:
         if getattr(self, "emb", None) is not None:
@@ -119,10 +44,10 @@ class _AdaLayerNorm(Fused):
 
     def chunks(self, x: Tensor, emb: Tensor | None, count: int) -> tuple[Tensor, ...] | None:
         """`count` vectors [B, C] of the modulation; None where the original code is to run."""
-        reason = self.why_not() or _same_kind(x, emb)
+        reason = self.why_not() or differ(x, emb)
         if reason is None:
             emb = self.linear(self.silu(emb))
-            reason = _same_kind(x, emb)
+            reason = differ(x, emb)
         return None if self.runs_original(reason) else emb.chunk(count, dim=1)
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -273,7 +198,7 @@ class FluxAttention(Fused, transformer_flux.FluxAttention):
             return "attention is called with one stream where it has two, or two where it has one"
         if not isinstance(rotation, tuple) or len(rotation) != 2 or rotation[0].ndim != 2:
             return "attention is called without a table of rotations"
-        return _same_kind(x, *(norm.weight for norm in self.norms()))
+        return differ(x, *(norm.weight for norm in self.norms()))
 
     def _qkv(
         self, img: Tensor, txt: Tensor | None, rotation: tuple[Tensor, Tensor]
@@ -425,7 +350,7 @@ def _why_not_block(img: Tensor, txt: Tensor, temb: Tensor) -> str | None:
     device = img.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return "autocast gives residuals and branches dtypes of their own"
-    return _same_kind(img, txt, temb)
+    return differ(img, txt, temb)
 
 
 FUSED = {

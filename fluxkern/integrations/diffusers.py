@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import ops
-from ._flux_modules import FUSED, FluxAttention, Fused, Settings, warn_once
+from ._flux_modules import FUSED, FluxAttention
+from ._fused import Fused, Settings, warn_once
 
 T = TypeVar("T", bound=nn.Module | DiffusionPipeline)
 _ADD_NORM = "gated_residual_norm_modulate"
