@@ -179,6 +179,16 @@ def test_a_named_backend_runs(model, monkeypatch: pytest.MonkeyPatch):
     }
 
 
+def test_the_triton_kernels_take_what_the_modules_hand_them():
+    model = tiny_transformer(num_layers=1, num_single_layers=1)
+    given = inputs(model, 1, 2, 3)
+    if torch.cuda.is_available():
+        model, given = model.cuda(), {name: t.cuda() for name, t in given.items()}
+    expected = run(model, given)
+    fluxkern.accelerate(model, strict=True, backend="triton")
+    assert distance(run(model, given), expected) < 1e-5
+
+
 def test_an_untouched_model_is_explained(model):
     assert {site.reason for site in fluxkern.explain(model)} == {"not accelerated"}
 
