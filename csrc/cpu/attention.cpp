@@ -18,6 +18,7 @@ constexpr int ROWS = 6;
 #endif
 constexpr int64_t TILE = 96;   // queries; a multiple of ROWS and WIDTH
 constexpr int64_t KEYS = 192;  // of a block; a multiple of ROWS
+constexpr int64_t CHAIN = 32;  // products of a score that are added in one chain
 constexpr int64_t AHEAD = 2;   // tokens that are fetched before they are read
 constexpr float LOG2_E = 0x1.715476p0f, LN_2 = 0x1.62e43p-1f;
 
@@ -108,8 +109,15 @@ struct Attention {
         Vec most = load(top.data + panel * WIDTH);
         for (int64_t key = 0; key < n; key += ROWS) {
             Vec sums[ROWS] = {};
-            multiply_add(sums, keys.data + (first + key) * stride, row_stride, 1,
-                         queries.data + panel * WIDTH * D, D);
+            const float* row = keys.data + (first + key) * stride;
+            for (int64_t d = 0; d < D; d += CHAIN) {
+                Vec part[ROWS] = {};
+                multiply_add(part, row + d, row_stride, 1,
+                             queries.data + (panel * D + d) * WIDTH,
+                             D - d < CHAIN ? D - d : CHAIN);
+#pragma GCC unroll 16
+                for (int r = 0; r < ROWS; ++r) sums[r] = sums[r] + part[r];
+            }
             float* out = scores.data + key * TILE + panel * WIDTH;
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
