@@ -191,6 +191,28 @@ def ops(data: dict[str, Any]) -> Iterator[str]:
         yield DISTURBED
 
 
+def product_rows(rows: list[dict[str, Any]]) -> Iterator[tuple]:
+    for row in rows:
+        faster = ", ".join(f"{ratio:.2f} {name}" for name, ratio in row["times"].items())
+        yield (
+            f"{row['what']}{disturbed(row)}",
+            row["dtype"],
+            row["provider"],
+            f"{row['median'] * 1e3:.1f}",
+            f"{row['iqr'] * 1e3:.1f}",
+            str(row["rounds"]),
+            faster if row["provider"] == "fluxkern" else "",
+            f"{row['error']:.0e}",
+        )
+
+
+def products(rows: list[dict[str, Any]]) -> Iterator[str]:
+    columns = "what | dtype | by | >ms | >IQR | >rounds | x | >error, rel. L2"
+    yield from table(columns, product_rows(rows))
+    if any(map(disturbed, rows)):
+        yield DISTURBED
+
+
 def plots_of(name: str, suites: Results) -> dict[str, str]:
     """File name -> what it shows."""
     found = {}
@@ -212,6 +234,9 @@ def section(name: str, suites: Results) -> Iterator[str]:
         yield "\n### Blocks and pipeline\n"
         yield from wholes(suites)
         yield shown.pop(0)
+    if "products" in suites:
+        yield "\n### Linears, attention, GELU\n"
+        yield from products(suites["products"]["rows"])
     if "ops" in suites:
         yield "\n### Ops\n"
         yield from ops(suites["ops"])

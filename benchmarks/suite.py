@@ -1,6 +1,6 @@
 """The suites one after the other, each in a process of its own: what `fluxkern bench` runs.
 
-    python3 -m benchmarks.suite [--suite ops blocks pipeline] [--json FILE] [--plots DIR]
+    python3 -m benchmarks.suite [--suite ops products blocks pipeline] [--json FILE] [--plots DIR]
     python3 -m benchmarks.suite --report
 
 Results go to benchmarks/results/<machine>/<suite>.json, from which --report writes
@@ -19,7 +19,7 @@ from fluxkern import bench
 
 from . import report
 
-SUITES = ("ops", "blocks", "pipeline")
+SUITES = ("ops", "products", "blocks", "pipeline")
 
 
 def place(machine: dict[str, Any]) -> str:

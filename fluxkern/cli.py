@@ -516,7 +516,7 @@ def _add_bench(commands: Any) -> None:
     summary = "Measure ops, blocks and pipeline on this machine; needs a checkout of fluxkern."
     command = _add_command(commands, _bench, "bench", summary)
     add = command.add_argument
-    add("--suite", choices=("ops", "blocks", "pipeline"), help="one of them; all three")
+    add("--suite", choices=("ops", "products", "blocks", "pipeline"), help="one; all")
     add("--threads", type=int, metavar="N", help="of torch; as many as there are cores")
     add("--json", metavar="FILE", help="the results of one --suite; benchmarks/results/MACHINE/")
     add("--plots", metavar="DIR", help="draw what was measured there")

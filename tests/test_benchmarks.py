@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import memory, report, suite, whole
+from benchmarks import memory, products, report, suite, whole
 from benchmarks.blocks import KINDS, Pair
 from benchmarks.pipeline import WHOLES, Pipelines
 from benchmarks.whole import BASELINE, COMPILED, INT8, OURS, Provider, Truth
@@ -301,3 +301,25 @@ def test_options_that_do_not_fit_are_refused(capsys: pytest.CaptureFixture):
     assert main(["bench", "--threads", "0"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert "--json FILE needs one --suite" in said[0] and "--threads" in said[1]
+
+
+# products
+
+
+def small_products() -> Iterator[tuple]:
+    yield from products.linear(5, 32, 48)
+    yield from products.attention(3)
+    yield from products.gelu(4, 40)
+
+
+def test_products_are_held_to_fp64_and_timed_in_turn():
+    for what, dtype, calls, truth in small_products():
+        rows = products.measure(what, dtype, calls, truth, bench.MIN_ROUNDS).rows
+        assert [row.provider for row in rows] == [*calls] and calls.keys() >= {"fluxkern"}
+        assert all(set(row.times) == calls.keys() - {row.provider} for row in rows)
+
+
+def test_a_product_that_is_wrong_is_not_timed():
+    what, dtype, calls, truth = next(products.linear(5, 32, 48))
+    with pytest.raises(bench.WrongResult, match="by fluxkern: relative L2 must be"):
+        products.measure(what, dtype, {"fluxkern": calls["fluxkern"]}, 1.1 * truth, 3)
