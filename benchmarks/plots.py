@@ -184,12 +184,12 @@ def roofline(data: dict[str, Any], file: Path) -> None:
                 named[label] = axes.scatter(x, i, 42, color=colour, marker=marker, zorder=2)
         axes.axvline(1, color="#c0392b", lw=1.2)
         axes.axvline(0.8, color="#c0392b", lw=0.8, ls=":")
-        axes.set_xlim(0, max(1.1, axes.get_xlim()[1]))
+        axes.set_xlim(0, 1.05 * max(1.05, *(row["share"] for row in data["rows"])))
         axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
         axes.set_title(title, loc="left", fontsize=10)
         labelled(axes, list(found))
     order = [n for n in ("eager", "torch.compile", "fluxkern", "our kernel alone") if n in named]
-    figure.legend([named[n] for n in order], order, loc="outside lower center", ncols=4)
+    figure.legend([named[n] for n in order], order, loc="outside lower left", ncols=4)
     save(figure, "Share of the ceiling: copy bandwidth or matrix rate (dotted: 80 %)", data, file)
 
 
@@ -218,7 +218,7 @@ def speed_up(data: dict[str, Any], file: Path) -> None:
         axes.set_title(title, loc="left", fontsize=10)
         labelled(axes, list(found))
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in (EAGER, COMPILED)]
-    figure.legend(handles, ("eager", "torch.compile"), loc="outside lower center", ncols=2)
+    figure.legend(handles, ("eager", "torch.compile"), loc="outside lower left", ncols=2)
     save(figure, "How many times faster fluxkern is than", data, file)
 
 
