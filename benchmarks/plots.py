@@ -176,6 +176,8 @@ def marks(by: dict[str, dict]) -> Iterator[tuple[float, str, str, str]]:
 def roofline(data: dict[str, Any], file: Path) -> None:
     figure, cells = grid(data["rows"])
     named = {}
+    shares = [x for by in report.comparisons(data["rows"]).values() for x, *_ in marks(by)]
+    far = 1.05 * max(1.05, *shares)
     for axes, title, found in cells:
         for i, by in enumerate(found.values()):
             drawn = list(marks(by))
@@ -184,7 +186,7 @@ def roofline(data: dict[str, Any], file: Path) -> None:
                 named[label] = axes.scatter(x, i, 42, color=colour, marker=marker, zorder=2)
         axes.axvline(1, color="#c0392b", lw=1.2)
         axes.axvline(0.8, color="#c0392b", lw=0.8, ls=":")
-        axes.set_xlim(0, 1.05 * max(1.05, *(row["share"] for row in data["rows"])))
+        axes.set_xlim(0, far)
         axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
         axes.set_title(title, loc="left", fontsize=10)
         labelled(axes, list(found))
