@@ -39,15 +39,20 @@ def block_and_call(
     return block, inputs.call_theirs(block)
 
 
+def give_back() -> None:
+    """Freed memory, such as drawing the weights has left, goes to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak(kind: str, dtype: str, provider: str, shape: str) -> dict[str, Any]:
     """Of weights, inputs and one call, above what the process took before there were any."""
     to = bench.DTYPES[dtype]
     block_and_call(kind, to, provider, SHAPES["compact"])[1]()  # loads libraries, starts threads
-    gc.collect()
+    give_back()
     before = status("VmRSS")
     block, call = block_and_call(kind, to, provider, SHAPES[shape])
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what drawing the weights has left goes back to the system
+    give_back()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     call()
     weights = sum(p.nbytes for p in block.parameters())
