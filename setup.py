@@ -219,7 +219,7 @@ def host_library(torch: Torch) -> Library:
     compiler = find_compiler()
     include = ["-Icsrc/host", "-isystem", str(cuda_headers())]
     command = [*compiler, *COMMON, "-O2", *own_flags(), "-DFLUXKERN_HOST", *include]
-    command += ["-Wno-unknown-pragmas", "-c"]
+    command += ["-Wno-unknown-pragmas", "-Wno-psabi", "-c"]
     sources = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/host").glob("*.cpp")]
     units = [Unit(source, "host", [*command, "-x", "c++"]) for source in sorted(sources)]
     binding = ROOT / "csrc/bindings_cuda.cpp"

@@ -1,7 +1,7 @@
-// fluxkern_cpu: the CPU kernels as private torch ops; chooses the instruction set.
+// fluxkern_cpu: the CPU kernels as private torch ops.
 #include <torch/csrc/stable/tensor.h>
 
-#include "cpu/kernels.h"
+#include "cpu/machine.h"
 
 namespace fluxkern::bindings {
 namespace {
@@ -15,44 +15,15 @@ struct Level {
     bool vnni;
 };
 
-constexpr Level LEVELS[] = {  // ascending
+constexpr Level LEVELS[] = {
     {"baseline", Isa::baseline, false},
     {"avx2", Isa::avx2, false},
     {"avx512", Isa::avx512, false},
     {"avx512-vnni", Isa::avx512, true},
 };
 
-bool has(Isa isa) {
-#ifdef __x86_64__
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
-    if (isa == Isa::avx2) return avx2;
-    if (isa == Isa::avx512) {
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    }
-#endif
-    return isa == Isa::baseline;
-}
-
-bool has_vnni() {
-#ifdef __x86_64__
-    return __builtin_cpu_supports("avx512vnni");
-#else
-    return false;
-#endif
-}
-
 bool runs_here(const Level& level) {
-    return has(level.isa) && (!level.vnni || has_vnni());
-}
-
-const Level& best_level() {
-    const Level* best = LEVELS;
-    for (const Level& level : LEVELS) {
-        if (runs_here(level)) best = &level;
-    }
-    return *best;
+    return kernels::has(level.isa) && (!level.vnni || kernels::has_vnni());
 }
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain,
@@ -60,7 +31,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain,
     STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, range, state));
 }
 
-kernels::Context context = {best_level().isa, best_level().vnni, parallel_for};
+kernels::Context context = kernels::this_machine(parallel_for);
 
 template <class Launch>
 void run(const torch::stable::Tensor&, const Launch& launch) {
@@ -74,7 +45,7 @@ void run(const torch::stable::Tensor&, const Launch& launch) {
 #include "bindings_group_norm.h"
 #include "bindings_heads.h"
 #include "bindings_attention.h"
-#include "bindings_linear_int8.h"
+#include "bindings_linear.h"
 #include "bindings_modulation.h"
 
 namespace fluxkern::bindings {
@@ -115,10 +86,11 @@ STABLE_TORCH_LIBRARY(fluxkern_cpu, library) {
     using namespace fluxkern::bindings;
     define_ops(library);
     define_ops(library, HEAD_OPS);
-    define_ops(library, ATTENTION_OPS);
+    define_ops(library, ATTENTION_OPS<kernels::attention>);
     define_ops(library, GELU_OPS);
     define_ops(library, GROUP_NORM_OPS);
     define_ops(library, MODULATION_OPS);
+    define_ops(library, LINEAR_OPS);
     define_ops(library, LINEAR_INT8_OPS);
     library.def("_stream_copy(Tensor source, Tensor(a!) target) -> ()");
     library.def("_set_isa(str name) -> ()");
@@ -129,10 +101,11 @@ STABLE_TORCH_LIBRARY_IMPL(fluxkern_cpu, CPU, library) {
     using namespace fluxkern::bindings;
     implement_ops(library);
     implement_ops(library, HEAD_OPS);
-    implement_ops(library, ATTENTION_OPS);
+    implement_ops(library, ATTENTION_OPS<kernels::attention>);
     implement_ops(library, GELU_OPS);
     implement_ops(library, GROUP_NORM_OPS);
     implement_ops(library, MODULATION_OPS);
+    implement_ops(library, LINEAR_OPS);
     implement_ops(library, LINEAR_INT8_OPS);
     library.impl("_stream_copy", TORCH_BOX(&stream_copy));
 }

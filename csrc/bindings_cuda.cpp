@@ -65,25 +65,34 @@ void run(const Tensor& x, Launch launch) {
 }  // namespace fluxkern::bindings
 
 #include "bindings_attention.h"
+#include "bindings_fp8.h"
 #include "bindings_gelu_tanh.h"
+#include "bindings_group_norm.h"
 #include "bindings_modulation.h"
 
 namespace fluxkern::bindings {
 namespace {
 
+// Those that sm_90a has a second kernel for, in a library of their own.
+constexpr const auto& WGMMA_OPS = ATTENTION_OPS<kernels::attention_wgmma>;
+
 void define_all(torch::stable::detail::StableLibrary& library) {
     define_ops(library);
     define_ops(library, HEAD_OPS);
-    define_ops(library, ATTENTION_OPS);
+    define_ops(library, ATTENTION_OPS<kernels::attention>);
     define_ops(library, GELU_OPS);
+    define_ops(library, FP8_OPS);
+    define_ops(library, GROUP_NORM_OPS);
     define_ops(library, MODULATION_OPS);
 }
 
 void implement_all(torch::stable::detail::StableLibrary& library) {
     implement_ops(library);
     implement_ops(library, HEAD_OPS);
-    implement_ops(library, ATTENTION_OPS);
+    implement_ops(library, ATTENTION_OPS<kernels::attention>);
     implement_ops(library, GELU_OPS);
+    implement_ops(library, FP8_OPS);
+    implement_ops(library, GROUP_NORM_OPS);
     implement_ops(library, MODULATION_OPS);
 }
 
@@ -100,6 +109,14 @@ STABLE_TORCH_LIBRARY_IMPL(fluxkern_cuda_host, CPU, library) {
     fluxkern::bindings::implement_all(library);
 }
 
+STABLE_TORCH_LIBRARY(fluxkern_cuda_wgmma_host, library) {
+    fluxkern::bindings::define_ops(library, fluxkern::bindings::WGMMA_OPS);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fluxkern_cuda_wgmma_host, CPU, library) {
+    fluxkern::bindings::implement_ops(library, fluxkern::bindings::WGMMA_OPS);
+}
+
 #else
 
 STABLE_TORCH_LIBRARY(fluxkern_cuda, library) {
@@ -108,6 +125,14 @@ STABLE_TORCH_LIBRARY(fluxkern_cuda, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(fluxkern_cuda, CUDA, library) {
     fluxkern::bindings::implement_all(library);
+}
+
+STABLE_TORCH_LIBRARY(fluxkern_cuda_wgmma, library) {
+    fluxkern::bindings::define_ops(library, fluxkern::bindings::WGMMA_OPS);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fluxkern_cuda_wgmma, CUDA, library) {
+    fluxkern::bindings::implement_ops(library, fluxkern::bindings::WGMMA_OPS);
 }
 
 #endif

@@ -3,7 +3,10 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +113,28 @@ def write_files(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> 
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         raise
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder that takes the place of `folder` at the end: whole or not at all.
+
+    Args:
+        folder: what it holds before is removed once the new one has its name.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    unfinished, old = aside / "new", aside / "old"
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(unfinished, folder)
+        except BaseException:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    finally:
+        shutil.rmtree(aside)

@@ -38,15 +38,14 @@ class Sizes:
         return self.batch * self.tokens * self.heads * self.head_dim
 
 
-def _flux(img: int, batch: int = 1) -> Sizes:
-    return Sizes(batch, 512, img, 3072, 24, 128, skip=0, spare=0)
+def _flux(pixels: int, batch: int = 1) -> Sizes:
+    return Sizes(batch, 512, (pixels // 16) ** 2, 3072, 24, 128, skip=0, spare=0)
 
 
+PIXELS = (512, 1024, 2048)
 SHAPES = {  # of benchmarks
-    "flux-512": _flux(1024),
-    "flux-1024": _flux(4096),
-    "flux-2048": _flux(16384),
-    "flux-1024-batch-4": _flux(4096, 4),
+    **{f"flux-{pixels}": _flux(pixels) for pixels in PIXELS},
+    **{f"flux-{pixels}-batch-4": _flux(pixels, 4) for pixels in PIXELS},
     "compact": Sizes(2, 64, 64, 192, 3, 64, skip=0, spare=0),
 }
 TEST_SIZES = {
@@ -219,23 +218,34 @@ class Case:
         moved: elements read and written once each, of the forward.
         moved_backward: the same of the backward; None where there is no backward of ours.
         why: the sentence that derives them.
-        flops: of the matrix products.
+        flops: of the matrix products, from the arguments.
         backends: those that have a kernel of their own.
+        providers: kernels of others, in half precision on a GPU.
+        bytes: moved beside the elements, whatever the dtype.
     """
 
     inputs: Callable[[Maker], dict[str, Any]]
     moved: Callable[[Sizes], int]
     moved_backward: Callable[[Sizes], int] | None
     why: str
-    flops: Callable[[Sizes], int] = lambda s: 0
+    flops: Callable[[dict[str, Any]], int] = lambda args: 0
     backends: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    bytes: Callable[[Sizes], int] = lambda s: 0
 
 
 _NORMS = ("cpu", "triton", "cuda")
+_FP8 = ("triton", "cuda")  # no product of a CPU takes e4m3 as it is
+_PROVIDERS = ("cudnn", "flash3", "flash")
 
 
-def _attention_flops(s: Sizes) -> int:
-    return 4 * s.batch * s.heads * s.tokens * s.tokens * s.head_dim
+def _attention_flops(args: dict[str, Any]) -> int:
+    return 4 * args["q"].numel() * args["k"].shape[1]
+
+
+def _product_flops(args: dict[str, Any]) -> int:
+    x = args["x"] if "x" in args else args["vec"]
+    return 2 * x.numel() * args["weight"].shape[0]
 
 
 CASES = {
@@ -310,6 +320,7 @@ CASES = {
         " two products of L x L x D a head",
         _attention_flops,
         ("cpu", "triton", "cuda"),
+        _PROVIDERS,
     ),
     "attention_lse": Case(
         _attention,
@@ -326,29 +337,31 @@ CASES = {
         "as attention: norm and rotation need no pass of their own",
         _attention_flops,
         ("cpu", "triton", "cuda"),
+        _PROVIDERS,
     ),
     "linear": Case(
         _linear,
         lambda s: 5 * s.stream + 4 * s.hidden**2,
         None,
         "reads x and the weight, writes 4 C a token; 2 x 4 C x C a token",
-        lambda s: 8 * s.stream * s.hidden,
-        ("cpu",),
+        _product_flops,
+        ("cpu", "cuda"),
     ),
     "linear_int8": Case(
         _linear_int8,
-        lambda s: 5 * s.stream + 4 * s.hidden**2,
+        lambda s: 5 * s.stream,
         None,
         "as linear; the weight's elements are a byte each",
-        lambda s: 8 * s.stream * s.hidden,
+        _product_flops,
         ("cpu",),
+        bytes=lambda s: 4 * s.hidden**2,
     ),
     "modulation": Case(
         _modulation,
         lambda s: 6 * s.hidden**2,
         None,
         "reads the weight, 6 C x C",
-        lambda s: 12 * s.batch * s.hidden**2,
+        _product_flops,
         ("cpu", "triton", "cuda"),
     ),
     "gelu_tanh": Case(
@@ -363,6 +376,22 @@ CASES = {
         lambda s: 2 * s.batch * 4 * s.heads * s.tokens * 7,
         lambda s: 3 * s.batch * 4 * s.heads * s.tokens * 7,
         "reads x, writes the same; backward reads two and writes one",
-        backends=("cpu", "triton"),
+        backends=("cpu", "triton", "cuda"),
+    ),
+    "norm_modulate_fp8": Case(
+        _norm_modulate,
+        lambda s: s.stream,
+        None,
+        "reads x, writes h in bytes and a float a token",
+        backends=_FP8,
+        bytes=lambda s: s.stream + 4 * s.batch * s.tokens,
+    ),
+    "gelu_tanh_fp8": Case(
+        _gelu_tanh,
+        lambda s: 4 * s.stream,
+        None,
+        "reads the MLP's 4 C a token, writes them in bytes and a float a token",
+        backends=_FP8,
+        bytes=lambda s: 4 * s.stream + 4 * s.batch * s.tokens,
     ),
 }

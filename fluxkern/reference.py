@@ -304,13 +304,14 @@ def attention_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_backward(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, scale = q.dtype, q.shape[-1] ** -0.5
     dout, q, k, v, out = (t.to(lse.dtype) for t in (dout, q, k, v, out))
     p = torch.exp(torch.einsum("blhd,bmhd->blhm", q, k) * scale - lse[..., None])
     dp = torch.einsum("blhd,bmhd->blhm", dout, v)
-    ds = p * (dp - (dout * out).sum(-1, keepdim=True) + dlse[..., None]) * scale
+    off = (dout * out).sum(-1) if dlse is None else (dout * out).sum(-1) - dlse
+    ds = p * (dp - off[..., None]) * scale
     dq = torch.einsum("blhm,bmhd->blhd", ds, k)
     dk = torch.einsum("blhm,blhd->bmhd", ds, q)
     return dq.to(dtype), dk.to(dtype), torch.einsum("blhm,blhd->bmhd", p, dout).to(dtype)
@@ -369,6 +370,28 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     zero = torch.where(scale == 0, 0, -127 - (low / scale).round())
     q = (x * torch.where(scale == 0, 0, 1 / scale)).round() + zero
     return q.clamp(-127, 127), zero, scale
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 a row, x = scale * q, in fp32 whatever the dtype, so that all agree on q."""
+    x, most = x.float(), torch.finfo(FP8).max
+    scale = x.abs().amax(-1, keepdim=True) / most
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0, scale)
+    q = x * torch.where(scale == 0, 0, 1 / scale)
+    return q.clamp(-most, most).to(FP8), scale
+
+
+def norm_modulate_fp8(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows_fp8(norm_modulate(x, scale, shift, eps))
+
+
+def gelu_tanh_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_rows_fp8(gelu_tanh(x))
 
 
 def linear_int8(

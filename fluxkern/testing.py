@@ -64,6 +64,23 @@ def outputs(function: Callable, args: dict[str, Any], **more: Any) -> tuple[Tens
     return out if isinstance(out, tuple) else (out,)
 
 
+def readable(out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """e4m3 and its scales as the numbers that they stand for, and the scales; else as it is."""
+    if not out or out[0].dtype != reference.FP8:
+        return out
+    q, row_scale = out
+    return q.to(row_scale.dtype) * row_scale, row_scale
+
+
+def exact_results(op: str, args: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The results in fp64; of an op that writes e4m3, what its rows are before they are rounded."""
+    args = widened(copied(args))
+    if not op.endswith("_fp8"):
+        return outputs(meaning(op), args)
+    (row,) = outputs(meaning(op.removesuffix("_fp8")), args)
+    return row, row.abs().amax(-1, keepdim=True) / torch.finfo(reference.FP8).max
+
+
 def gradients(run: Callable, args: dict[str, Any], dout: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Of every tensor of `args` that has one, by autograd through `run`."""
     args = args | {n: v.detach().requires_grad_() for n, v in leaves(args).items()}

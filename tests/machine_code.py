@@ -3,7 +3,8 @@
 Triton's kernels are compiled ahead of time by calling the launchers themselves, on tensors without
 memory and with a driver that names an architecture: the configurations are those that run. CUDA's
 are read from a compiled object. `python tests/machine_code.py --json [--only KERNEL]`,
-`... --planted` for kernels that must not pass, `... --object FILE.so` for CUDA.
+`... --tiles` for what `fluxkern tune` may choose, `... --planted` for kernels that must not pass,
+`... --object FILE.so` for CUDA.
 
 This process must not interpret: TRITON_INTERPRET is read when a kernel is made.
 """
@@ -72,6 +73,8 @@ def instructions(sass: str) -> dict[str, Any]:
         "stores": sum(width >= 128 for width in stores),
         "narrow_stores": sum(width < 128 for width in stores),
         "tma": opcodes["UTMALDG"],
+        "product_waits": sum(name.startswith("WARPGROUP.DEPBAR") for name in names),
+        "highest_register": max(map(int, re.findall(r"\bR(\d+)\b", sass)), default=0),
         "tensor_cores": [
             kind for kind, names in TENSOR_CORES.items() if any(re.match(names, o) for o in opcodes)
         ],
@@ -89,6 +92,8 @@ def read_cubin(file: Path) -> dict[str, dict[str, Any]]:
         used = {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
         numbers = {"registers": used["REG"], "stack": used["STACK"], "shared": used["SHARED"]}
         found[name] = numbers | instructions(sass[name])
+        # setmaxnreg gives more than a kernel starts with
+        found[name]["registers"] = max(used["REG"], found[name].pop("highest_register") + 1)
     return found
 
 
@@ -248,6 +253,45 @@ def all_rows(only: str | None = None) -> list[dict[str, Any]]:
         return [row for rows in found for row in rows]
 
 
+# tiles that may be chosen
+
+LAUNCHED_BY = {  # kernel -> ops whose launch has a choice of its tile
+    "attention": ("attention", "rope_attention"),
+    "attention_backward_keys": ("attention_backward",),
+    "attention_backward_queries": ("attention_backward",),
+}
+
+
+def tile_rows_of(arch: int) -> list[dict[str, Any]]:
+    """A row for every candidate but the default, and for what runs without TMA from 90 on."""
+    from fluxkern.kernels import _tiles
+    from fluxkern.kernels import attention as kernels
+
+    rows = []
+    with launches_compiled_only(arch) as compiled:
+
+        def add(kernel: str, tile: str) -> None:
+            for op in LAUNCHED_BY[kernel]:
+                compiled.clear()
+                launch(op, arguments(op))
+                (found,) = (k for k in compiled if k.metadata.name == f"{kernel}_kernel")
+                rows.append(read_compiled(found, arch, op) | {"tile": tile})
+
+        for kernel in _tiles.TABLE:
+            for tile in map(str, _tiles.candidates(kernel, arch)[1:]):
+                with patch.object(_tiles, "measured", lambda name, q, taken=tile: taken):
+                    add(kernel, tile)
+            if arch >= 90:
+                with patch.object(kernels, "takes_tma", lambda t: False):
+                    add(kernel, f"{_tiles.by_pointers(kernel, arch)}")
+    return rows
+
+
+def tile_rows() -> list[dict[str, Any]]:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        return [row for rows in pool.map(tile_rows_of, ARCHS) for row in rows]
+
+
 # kernels that must not pass
 
 
@@ -294,7 +338,8 @@ def violations(row: dict[str, Any], budget: dict[str, Any]) -> list[str]:
     """What `row` breaks of its entry in budgets.json; a sentence each.
 
     An entry holds upper limits `registers`, `shared`, `narrow_loads`, `narrow_stores` (0 unless
-    given), `specialisations` (1 unless given), lower limits `loads`, `stores`, `tma`,
+    given), `specialisations` (1 unless given), `product_waits` (for asynchronous products, of which
+    a compiler that serialises them puts in one each), lower limits `loads`, `stores`, `tma`,
     `warps_per_sm`, the `tensor_cores`, and under `sm_<arch>` what differs there. Spills and stack
     are always refused. What a row does not hold (a CUDA object has no `warps`) is not checked.
     """
@@ -302,7 +347,7 @@ def violations(row: dict[str, Any], budget: dict[str, Any]) -> list[str]:
     limits |= {"specialisations": 1} | budget
     limits |= budget.get(f"sm_{row['arch']}", {})
     upper = ("spills", "stack", "registers", "shared", "narrow_loads", "narrow_stores")
-    upper += ("specialisations",)
+    upper += ("specialisations", "product_waits")
     lower = ("loads", "stores", "tma", "warps_per_sm")
     where = f"{row['kernel']} on sm_{row['arch']}"
     found = [
@@ -326,12 +371,15 @@ def main() -> None:
     parser.add_argument("--only", help="name of one Triton kernel")
     parser.add_argument("--json", action="store_true", help="rows as JSON instead of a table")
     parser.add_argument("--planted", action="store_true", help="the kernels that must not pass")
+    parser.add_argument("--tiles", action="store_true", help="all tiles that may be chosen")
     parser.add_argument("--object", type=Path, help="read this CUDA object instead")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: interpreted kernels have no machine code")
     if args.object:
         rows = object_rows(args.object)
+    elif args.tiles:
+        rows = tile_rows()
     else:
         rows = planted_rows() if args.planted else all_rows(args.only)
     if args.json:

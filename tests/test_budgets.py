@@ -56,6 +56,18 @@ def test_every_budget_says_why(backend: str):
         assert len(entry.get("why", "")) > 20 and "\n" not in entry["why"], kernel
 
 
+@pytest.mark.build
+def test_every_tile_that_may_be_chosen_runs_without_spills_on_tensor_cores(cache: Path):
+    rows = machine_code(cache, "--tiles")
+    assert len(rows) > 20
+    for row in rows:
+        name = row["kernel"] + f" in {row['op']}" * (row["op"] == "rope_attention")
+        budget = TRITON[name] | TRITON[name].get(f"sm_{row['arch']}", {})
+        kept = {key: budget[key] for key in ("tensor_cores", "narrow_loads") if key in budget}
+        kept |= {"shared": SHARED_PER_BLOCK[row["arch"]], "tma": int("tma" in row["tile"])}
+        assert violations(row, kept) == [], row["tile"]
+
+
 # the checker
 
 

@@ -325,6 +325,46 @@ def test_the_cuda_object_needs_no_library_of_cuda(unpacked: Path):
     assert not any("cuda" in name for name in needed)
 
 
+WITHOUT_DRIVER = """
+import torch
+from fluxkern import ops
+from fluxkern.cases import CASES, Maker, Sizes
+from fluxkern.ops import _dispatch
+from fluxkern.testing import copied, in_schema_order, torch_op
+
+assert _dispatch.load_reason("cuda") is None
+private = torch.ops.fluxkern_cuda
+of_cuda = [op for op, case in CASES.items() if "cuda" in case.backends and op != "linear"]
+for op in of_cuda:  # linear is torch's
+    args = CASES[op].inputs(Maker(Sizes(), torch.float32))
+    *given, _ = in_schema_order(op, copied(args), None)
+    out = torch_op(op)(*given, "reference")
+    out = () if out is None else out if isinstance(out, tuple) else (out,)
+    try:
+        getattr(private, op)(*given, *out)
+        raise SystemExit(f"{op} took tensors on a CPU")
+    except NotImplementedError as refusal:
+        assert f"'fluxkern_cuda::{op}' with arguments from the 'CPU' backend" in str(refusal)
+    try:
+        getattr(ops, op)(**args, backend="cuda")
+        raise SystemExit(f"{op} ran on cuda")
+    except NotImplementedError as refusal:
+        said = str(refusal)
+        assert f"{op} cannot run on cuda (" in said and "cuda: no CUDA device;" in said, said
+print(len(of_cuda), sum(hasattr(private, op + "_backward") for op in of_cuda))
+"""
+
+
+@needs_nvcc
+@pytest.mark.build
+def test_the_cuda_object_loads_without_a_driver_and_refuses_tensors_on_a_cpu(unpacked: Path):
+    no_gpu = {"PYTHONPATH": str(unpacked.parent), "CUDA_VISIBLE_DEVICES": ""}
+    done = run(sys.executable, "-c", WITHOUT_DRIVER, cwd=unpacked.parent, **no_gpu)
+    assert done.returncode == 0, done.stderr
+    ops, backwards = map(int, done.stdout.split())
+    assert ops >= 16 and backwards >= 9
+
+
 def with_requirements(name: str) -> set[str]:
     found, waiting = set(), [name]
     while waiting:

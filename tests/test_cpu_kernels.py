@@ -67,6 +67,60 @@ def test_each_instruction_set_is_accurate(op: str, dtype: str, isa: str):
             assert_backward(op, "cpu", args)
 
 
+# linear, in the dtypes that this processor may have no arithmetic for
+
+# tokens, Cin, Cout: at the borders of its tiles, chunks and blocks
+PRODUCTS = [(1, 1, 1), (13, 250, 37), (14, 257, 192), (1540, 31, 40), (24, 513, 410)]
+
+
+@pytest.mark.parametrize("tokens, cin, cout", PRODUCTS)
+@pytest.mark.parametrize("epilogue", ["bias", "gelu_tanh", "add"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_linear_at_the_borders_of_its_tiles(
+    tokens: int, cin: int, cout: int, epilogue: str, dtype: torch.dtype, isa: str
+):
+    x = torch.randn(2, tokens, cin + 3, dtype=torch.float64).to(dtype)[..., :cin]
+    weight = torch.randn(cout, cin + 5, dtype=torch.float64).div(16).to(dtype)[:, :cin]
+    bias = None if epilogue == "add" else torch.randn(cout, dtype=torch.float64).to(dtype)
+    more = (epilogue if epilogue == "gelu_tanh" else None, epilogue == "add")
+    joint = torch.randn(2, tokens + 7, cout, dtype=torch.float64).to(dtype)
+    true_joint, own_joint, before = joint.double(), joint.clone(), joint.clone()
+    KERNELS.linear_(joint[:, 4:-3], x, weight, bias, *more)
+    wide = (x.double(), weight.double(), None if bias is None else bias.double())
+    reference.linear_(true_joint[:, 4:-3], *wide, *more)
+    reference.linear_(own_joint[:, 4:-3], x, weight, bias, *more)
+    assert_accurate(joint[:, 4:-3], true_joint[:, 4:-3], own_joint[:, 4:-3])
+    assert torch.equal(joint[:, :4], before[:, :4]) and torch.equal(joint[:, -3:], before[:, -3:])
+
+
+def test_linear_without_channels_is_its_bias():
+    bias = torch.randn(9).half()
+    out = ops.linear(torch.empty(5, 0).half(), torch.empty(9, 0).half(), bias, backend="cpu")
+    assert torch.equal(out, bias.expand(5, 9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("which", ["x", "weight", "bias"])
+def test_linear_takes_any_strides(which: str, dtype: torch.dtype):
+    given = {"x": torch.randn(2, 9, 40), "weight": torch.randn(24, 40), "bias": torch.randn(24)}
+    given = {name: t.to(dtype) for name, t in given.items()}
+    t = given[which]
+    given[which] = torch.stack([t, t + 1], -1)[..., 0]  # every second element
+    out = ops.linear(**given, backend="cpu")
+    truth = reference.linear(*(t.double() for t in given.values()))
+    assert_accurate(out, truth, reference.linear(*given.values()))
+
+
+def test_a_nan_reaches_its_row_or_column_of_a_linear_and_no_other(isa: str):
+    x, weight = torch.randn(20, 300).bfloat16(), torch.randn(50, 300).bfloat16()
+    x[7, 299] = weight[33, 0] = float("nan")
+    out = x.new_empty(20, 50)
+    KERNELS.linear_(out, x, weight, None, None, False)
+    expected = torch.zeros(20, 50, dtype=torch.bool)
+    expected[7], expected[:, 33] = True, True
+    assert torch.equal(out.isnan(), expected)
+
+
 # attention
 
 
@@ -114,7 +168,7 @@ def test_a_nan_in_a_key_or_value_reaches_every_query_of_its_head(which: str, isa
 
 def test_scores_beyond_the_range_of_the_exponential(isa: str):
     q, k, v = attention_inputs(40, 250, 16)
-    assert_attends(30 * q, 30 * k, v)
+    assert_attends((30 * q).round(), (30 * k).round(), v)  # scores that fp32 holds exactly
 
 
 def test_no_keys_give_zeros(isa: str):

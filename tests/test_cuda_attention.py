@@ -1,22 +1,17 @@
 """Attention in CUDA on a CPU: many tiles, large scores, NaN, and that no wait can go missing."""
 
 import math
-import os
-import runpy
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from planted_kernels import ROOT, planted_programs, source_without
 from torch import Tensor
 
 from fluxkern import reference
 from fluxkern.ops import _dispatch, attention, attention_lse, rope_attention
 from fluxkern.testing import assert_accurate
 
-ROOT = Path(__file__).resolve().parent.parent
-SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_of_fluxkern")
 HOST = "cuda-host"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -96,48 +91,12 @@ BARRIERS = {
 
 
 def without(code: str, which: int = 0) -> str:
-    """The kernel's source without the code, at the which-th of its places."""
-    parts = (ROOT / "csrc/cuda/attention.cu").read_text().split(code)
-    assert len(parts) > which + 1
-    return code.join(parts[: which + 1]) + code.join(parts[which + 1 :])
+    return source_without("attention", code, which)
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """Runs csrc/host/sanitize/attention.cpp with another source of the kernel."""
-    try:
-        headers = SETUP["cuda_headers"]()
-    except SETUP["CannotBuild"] as reason:
-        pytest.skip(str(reason))
-    folder, objects = tmp_path_factory.mktemp("attention"), {}
-    includes = ["-Icsrc/host", "-Icsrc/cuda", "-isystem", str(headers)]
-    flags = ["-std=c++20", "-O1", "-g", "-Wno-unknown-pragmas", "-DFLUXKERN_HOST", *includes]
-
-    def compiled(source: Path, more: list[str]) -> Path:
-        output = folder / f"{len(list(folder.iterdir()))}.o"
-        command = ["g++", *flags, *more, "-x", "c++", "-c", str(source), "-o", str(output)]
-        subprocess.run(command, check=True, cwd=ROOT)
-        return output
-
-    def run(kernel: str, sanitizer: str = "") -> subprocess.CompletedProcess:
-        more = [f"-fsanitize={sanitizer}"] if sanitizer else []
-        if sanitizer not in objects:
-            around = (ROOT / "csrc/host/sanitize/attention.cpp", ROOT / "csrc/host/device.cpp")
-            objects[sanitizer] = [compiled(source, more) for source in around]
-        (folder / "planted.cu").write_text(kernel)
-        planted = compiled(folder / "planted.cu", more)
-        subprocess.run(
-            ["g++", *more, planted, *objects[sanitizer], "-o", folder / "run"], check=True
-        )
-        return subprocess.run(
-            ["setarch", "--addr-no-randomize", folder / "run"],
-            env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return run
+    return planted_programs("attention", tmp_path_factory.mktemp("attention"))
 
 
 def test_the_kernel_gives_the_sums_in_double(program: Callable):

@@ -20,7 +20,7 @@ NUMBERS = re.compile(r"L[ib](\d+)E")
 def kernel_of(function: str) -> str:
     """norm_modulate_kernel<1> of the mangled name: 1 and 2 vectors a thread, 0 single elements;
     attention_kernel<128, 64>: D and keys of a tile."""
-    name, arguments = re.search(r"\d([a-z_]+_kernel)I(\S*?)Ev", function).groups()
+    name, arguments = re.search(r"\d([a-z_]+(?:_fp8)?_kernel)I(\S*?)Ev", function).groups()
     numbers = NUMBERS.findall(arguments)
     if name == "sum_strips_kernel" or not numbers:
         return name

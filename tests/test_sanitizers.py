@@ -63,7 +63,8 @@ def cuda_headers() -> Path:
 @every_sanitizer
 @pytest.mark.parametrize("op", OPS)
 def test_a_cuda_kernel_is_clean(op: str, sanitizer: str, cuda_headers: Path, tmp_path: Path):
-    sources = (f"csrc/host/sanitize/{op}.cpp", f"csrc/cuda/{op}.cu", "csrc/host/device.cpp")
+    layer = (ROOT / "csrc/host").glob("*.cpp")
+    sources = (f"csrc/host/sanitize/{op}.cpp", f"csrc/cuda/{op}.cu", *layer)
     includes = ("-Icsrc/host", "-isystem", cuda_headers)
     program = tmp_path / op
     compile_with(

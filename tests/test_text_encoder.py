@@ -3,12 +3,14 @@
 import json
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from diffusers import FluxPipeline
 from tiny_flux import tiny_text
 
+from fluxkern.compact.text import T5_LENGTH
 from fluxkern.model.text_encoder import TextEncoder
 
 PROMPTS = ["a red circle on a blue background", "", "ein Öl-Bild: 圆, 🟢 и круг", "STAR!"]
@@ -79,9 +81,16 @@ def test_a_batch_equals_its_singles(encoder):
         torch.testing.assert_close(vec[i : i + 1], one_vec)
 
 
+def test_threads_that_share_an_encoder_do_not_disturb_each_other(encoder):
+    texts = [["a red ring", "a small blue star on the left"][: 1 + i % 2] for i in range(200)]
+    with ThreadPoolExecutor(4) as threads:
+        for found, prompts in zip(threads.map(encoder.encode, texts), texts, strict=True):
+            assert found[0].equal(encoder.encode(prompts)[0])
+
+
 def test_default_length_is_that_of_the_checkpoint(encoder):
-    assert encoder.max_sequence_length == 64
-    assert encoder.encode(["a star"])[0].shape[1] == 64
+    assert encoder.max_sequence_length == T5_LENGTH
+    assert encoder.encode(["a star"])[0].shape[1] == T5_LENGTH
 
 
 @torch.no_grad()
@@ -100,17 +109,16 @@ def test_each_encoder_says_what_it_cuts(encoder, diffusers_encoder):
 
 
 def test_what_is_cut_is_the_text_behind_the_last_token_kept(encoder):
-    words = ["red"] * 63 + ["circle", "cross"]
-    with pytest.warns(
-        UserWarning, match="T5 reads 64 tokens.* has 66; this was cut: 'circle cross'"
-    ):
+    words = ["red"] * (T5_LENGTH - 1) + ["circle", "cross"]
+    said = f"T5 reads {T5_LENGTH} tokens.* has {T5_LENGTH + 2}; this was cut: 'circle cross'"
+    with pytest.warns(UserWarning, match=said):
         encoder.encode([" ".join(words)])
 
 
 def test_a_prompt_that_just_fits_is_not_warned_about(encoder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        encoder.encode([" ".join(["red"] * 75)], [" ".join(["red"] * 63)])
+        encoder.encode([" ".join(["red"] * 75)], [" ".join(["red"] * (T5_LENGTH - 1))])
 
 
 @pytest.mark.parametrize(

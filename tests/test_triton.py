@@ -27,8 +27,8 @@ def test_attention_by_tma_equals_the_reference(architecture: int, monkeypatch: p
     taken = []
     real = kernels.sources
 
-    def spy(config, *tiles):
-        inputs = real(config, *tiles)
+    def spy(kernel, config, *tiles):
+        inputs = real(kernel, config, *tiles)
         taken.append(config["TMA"])
         return inputs
 

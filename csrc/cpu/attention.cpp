@@ -5,67 +5,22 @@
 // Limits: 8 M D bytes of scratch a thread; scores lie transposed, so that queries fill the vectors.
 #include "buffer.h"
 #include "exp.h"
+#include "products.h"
 #include "rotation.h"
 #include "rows.h"
 
 namespace fluxkern::cpu::FLUXKERN_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int ROWS = 12;  // of an accumulator [ROWS, WIDTH], which the registers hold
-#else
-constexpr int ROWS = 6;
-#endif
 constexpr int64_t TILE = 96;   // queries; a multiple of ROWS and WIDTH
 constexpr int64_t KEYS = 192;  // of a block; a multiple of ROWS
 constexpr int64_t CHAIN = 32;  // products of a score that are added in one chain
 constexpr int64_t AHEAD = 2;   // tokens that are fetched before they are read
-constexpr float LOG2_E = 0x1.715476p0f, LN_2 = 0x1.62e43p-1f;
+constexpr float LOG2_E = 0x1.715476p0f;
 
 constexpr int64_t rounded_up(int64_t n, int64_t step) {
     return (n + step - 1) / step * step;
 }
-
-// sums[r] += rows[r * row_stride + i * step] * vectors[i], of n vectors
-template <class Stride>
-FLUXKERN_INLINE void multiply_add(Vec (&sums)[ROWS], const float* rows, Stride row_stride,
-                                  int64_t step, const float* vectors, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-        const Vec v = load(vectors + i * WIDTH);
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r) sums[r] = sums[r] + v * rows[r * row_stride + i * step];
-    }
-}
-
-typedef float Four __attribute__((vector_size(16)));
-typedef int32_t Places __attribute__((vector_size(16)));
-
-FLUXKERN_INLINE Four four(const float* p) {
-    Four v;
-    get(p, v);
-    return v;
-}
-
-FLUXKERN_INLINE void transpose_4x4(const float* in, int64_t in_stride, float* out,
-                                   int64_t out_stride) {
-    const Four a = four(in), b = four(in + in_stride);
-    const Four c = four(in + 2 * in_stride), d = four(in + 3 * in_stride);
-    const Four ab_low = __builtin_shuffle(a, b, Places{0, 4, 1, 5});
-    const Four cd_low = __builtin_shuffle(c, d, Places{0, 4, 1, 5});
-    const Four ab_high = __builtin_shuffle(a, b, Places{2, 6, 3, 7});
-    const Four cd_high = __builtin_shuffle(c, d, Places{2, 6, 3, 7});
-    put(out, __builtin_shuffle(ab_low, cd_low, Places{0, 1, 4, 5}));
-    put(out + out_stride, __builtin_shuffle(ab_low, cd_low, Places{2, 3, 6, 7}));
-    put(out + 2 * out_stride, __builtin_shuffle(ab_high, cd_high, Places{0, 1, 4, 5}));
-    put(out + 3 * out_stride, __builtin_shuffle(ab_high, cd_high, Places{2, 3, 6, 7}));
-}
-
-template <int64_t N>
-struct Fixed {
-    constexpr operator int64_t() const {
-        return N;
-    }
-};
 
 // One head of one thread: its keys [M, stride], values [D / WIDTH, M, WIDTH], and one tile: queries
 // as they are read [TILE, D] and as they are multiplied [TILE / WIDTH, D, WIDTH], scores
@@ -131,11 +86,11 @@ struct Attention {
     // scores to exp(score - most), and what they and the sums before them come to
     FLUXKERN_INLINE void exponentiate(int64_t panel, int64_t n, Vec most) const {
         const int64_t column = panel * WIDTH;
-        const Vec change = exp2(at_least(-126, load(top.data + column) - most));
+        const Vec change = exp2(at_least(-126, (load(top.data + column) - most) * LOG2_E));
         Vec total = {};
         float* at = scores.data + column;
         for (int64_t key = 0; key < n; ++key, at += TILE) {
-            const Vec e = exp2(at_least(-126, load(at) - most));
+            const Vec e = exp2(at_least(-126, (load(at) - most) * LOG2_E));
             store(at, e);
             total = total + e;
         }
@@ -229,7 +184,7 @@ void write(const Attention& a, const Heads& out, float* lse, int64_t b, int64_t 
         });
         if (lse != nullptr) {
             lse[(b * a.sizes.L + first + q) * a.sizes.H + h] =
-                a.top.data[q] * LN_2 + __builtin_logf(total);
+                a.top.data[q] + __builtin_logf(total);
         }
     }
 }
@@ -241,7 +196,7 @@ void attention(DType dtype, Heads q, Heads k, Heads v, const void* q_weight, con
                float eps, float* scratch, const Context& context) {
     const int64_t D = sizes.D, tiles = (sizes.L + TILE - 1) / TILE;
     const int64_t stride = D <= 64 ? 64 : D <= 128 ? 128 : rounded_up(D, WIDTH);
-    const float factor = LOG2_E / __builtin_sqrtf(float(D));
+    const float factor = 1 / __builtin_sqrtf(float(D));
     if (q_weight != nullptr) {
         parallel(context, sizes.L, GRAIN / (D + 1) + 1, [&](int64_t begin, int64_t end) {
             for (int64_t l = begin; l < end; ++l) {

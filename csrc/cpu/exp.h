@@ -1,4 +1,4 @@
-// 2^x and 1 / x of a Vec, as sigmoids want them.
+// 2^x and a / b of a Vec, as sigmoids want them.
 #pragma once
 
 #include "vec.h"
@@ -41,38 +41,49 @@ FLUXKERN_INLINE Vec at_most(float high, Vec v) {
     return {at_most(high, v.a), at_most(high, v.b)};
 }
 
-// For -126 <= x <= 127; a minimax polynomial of the fraction, within 2 units of the last place.
-FLUXKERN_INLINE Reg exp2(Reg x) {
-    constexpr float to_integer = 0x1.8p23f;
-    const Reg shifted = x + to_integer, f = x - (shifted - to_integer);
+// Minimax polynomials of 2^f for |f| <= 0.5: within 2 units of the last place of fp32, and within
+// 2^-13.7, a 26th of what rounding to bf16 takes.
+template <class T>
+FLUXKERN_INLINE Reg exp2_of_fraction(Reg f, T) {
     Reg p = f * 0x1.5bb99ep-10f + 0x1.3ceafap-7f;
     p = p * f + 0x1.c6b756p-5f;
     p = p * f + 0x1.ebf9bap-3f;
     p = p * f + 0x1.62e42ap-1f;
-    p = p * f + 1.0f;
-    return bit_cast<Reg>(bit_cast<Words>(p) + (bit_cast<Words>(shifted) << 23));
+    return p * f + 1.0f;
 }
-FLUXKERN_INLINE Vec exp2(Vec x) {
-    return {exp2(x.a), exp2(x.b)};
-}
-
-// 1 / x by an estimate and one step of Newton's method, within 2 units of the last place
-FLUXKERN_INLINE Reg reciprocal(Reg x) {
-#if defined(__AVX512F__)
-    const Reg estimate = bit_cast<Reg>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(x)));
-#elif defined(__AVX2__)
-    const Reg estimate = bit_cast<Reg>(_mm256_rcp_ps(bit_cast<__m256>(x)));
-#else
-    return 1.0f / x;
-#endif
-#if defined(__AVX2__)
-    return estimate + estimate * (1.0f - x * estimate);
-#endif
+FLUXKERN_INLINE Reg exp2_of_fraction(Reg f, bf16) {
+    Reg p = f * 0x1.c3f76p-5f + 0x1.f0de1ap-3f;
+    p = p * f + 0x1.62f31ap-1f;
+    return p * f + 0x1.fff692p-1f;
 }
 
-FLUXKERN_INLINE Vec reciprocal(Vec x) {
-    return {reciprocal(x.a), reciprocal(x.b)};
+// For -126 <= x <= 127, as exact as T asks.
+template <class T>
+FLUXKERN_INLINE Reg exp2(Reg x, T) {
+    constexpr float to_integer = 0x1.8p23f;
+    const Reg shifted = x + to_integer, f = x - (shifted - to_integer);
+    const Words exponent = bit_cast<Words>(shifted) << 23;
+    return bit_cast<Reg>(bit_cast<Words>(exp2_of_fraction(f, T{})) + exponent);
 }
+template <class T = float>
+FLUXKERN_INLINE Vec exp2(Vec x, T = {}) {
+    return {exp2(x.a, T{}), exp2(x.b, T{})};
+}
+
+// a / b, as exact as T asks. A division has a unit of its own; Newton's method takes that of
+// the products.
+template <class T>
+FLUXKERN_INLINE Vec quotient(Vec a, Vec b, T) {
+    return {a.a / b.a, a.b / b.b};
+}
+#ifdef __AVX512F__
+FLUXKERN_INLINE Vec quotient(Vec a, Vec b, bf16) {
+    const auto estimate = [](Reg x) {  // within 2^-14
+        return bit_cast<Reg>(_mm512_maskz_rcp14_ps(0xffff, bit_cast<__m512>(x)));
+    };
+    return {a.a * estimate(b.a), a.b * estimate(b.b)};
+}
+#endif
 
 }  // namespace
 }  // namespace fluxkern::cpu::FLUXKERN_ISA

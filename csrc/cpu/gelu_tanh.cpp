@@ -1,7 +1,7 @@
 // out = 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3); backward.
 // Parallel: over blocks of 4096 columns of a row.
 // Bytes: forward 2 B L C elements; backward 3 B L C.
-// Accumulation: fp32, rounded once; one power of 2 and one reciprocal an element.
+// Accumulation: fp32, rounded once; one power of 2 and one division an element.
 // Limits: none; rows that are no multiple of a vector or misaligned are stored through the caches.
 #include "gelu.h"
 #include "rows.h"
@@ -12,10 +12,11 @@ namespace {
 using namespace gelu_constants;
 
 // s + 2 x s (1 - s) u', s = 1 / (1 + e), 1 - s = e s
-FLUXKERN_INLINE Vec slope(Vec x) {
+template <class T>
+FLUXKERN_INLINE Vec slope(Vec x, T) {
     x = at_most(9, at_least(-9, x));
     const Vec squared = x * x;
-    const Vec e = exp2(x * (all(A) + squared * B)), s = reciprocal(1 + e);
+    const Vec e = exp2(x * (all(A) + squared * B), T{}), s = quotient(all(1), 1 + e, T{});
     return s + x * s * (e * s) * (all(2 * C1) + squared * (6 * C1 * C3));
 }
 
@@ -42,7 +43,7 @@ void gelu_tanh(DType dtype, Tokens x, Tokens out, const Sizes& sizes, const Cont
             const T* row = row_of<T>(x, at) + first;
             const Out<T> out_row = out_of<T>(out, at, streaming);
             each_vec<T>(columns, [&](int64_t i, int, auto part) {
-                out_row.store(first + i, gelu(load(row + i, part)), part);
+                out_row.store(first + i, gelu(load(row + i, part), T{}), part);
             });
         });
     });
@@ -57,7 +58,7 @@ void gelu_tanh_backward(DType dtype, Tokens dy, Tokens x, Tokens dx, const Sizes
             const Out<T> out_row = out_of<T>(dx, at, streaming);
             each_vec<T>(columns, [&](int64_t i, int, auto part) {
                 const Vec g = load(dy_row + i, part);
-                out_row.store(first + i, g * slope(load(row + i, part)), part);
+                out_row.store(first + i, g * slope(load(row + i, part), T{}), part);
             });
         });
     });

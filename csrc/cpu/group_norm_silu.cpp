@@ -1,7 +1,7 @@
 // out = silu(z), z = (x - mean) rstd weight + bias, statistics over a group's channels; backward.
 // Parallel: planes over groups; channels-last over blocks of pixels.
 // Bytes: forward 2 B C P elements, and x once more for the statistics; backward 3, and x, x, dy.
-// Accumulation: fp32 in blocks, two passes each, merged in fp64; sums in a fixed order.
+// Accumulation: fp32 in blocks about the mean so far, merged in fp64; sums in a fixed order.
 // Limits: contiguous or channels-last.
 #include "buffer.h"
 #include "rows.h"
@@ -26,6 +26,7 @@ struct Moments {
 };
 
 // What z and its gradients take for one Vec: of one channel, or of the channels side by side.
+template <class T>
 struct Affine {
     Vec mean, rstd, weight, bias;
 
@@ -36,7 +37,7 @@ struct Affine {
         return n(x) * weight + bias;
     }
     FLUXKERN_INLINE Vec dz(Vec dy, Vec x) const {
-        return dy * silu_slope(z(x));
+        return dy * silu_slope(z(x), T{});
     }
     FLUXKERN_INLINE Vec dx(Vec dy, Vec x, Vec mean_dn, Vec mean_dn_n) const {
         return rstd * (dz(dy, x) * weight - mean_dn - n(x) * mean_dn_n);
@@ -66,20 +67,29 @@ FLUXKERN_INLINE void each_block_of_pixels(int64_t P, const Body& body) {
     for (int64_t p = 0; p < P; p += BLOCK) body(p, P - p < BLOCK ? P - p : BLOCK);
 }
 
+// The first block about its own mean, each further one about the mean of those before it: the merge
+// adds at least half of what that is off, so nothing cancels.
 template <class T>
 Moments moments_of(const T* x, int64_t channels, int64_t P) {
     Moments moments;
     each_block_of_pixels(channels * P, [&](int64_t p, int64_t pixels) {
+        const auto sum_of = [&](float pivot) {
+            Sum sum;
+            each_vec<T>(pixels, [&](int64_t i, int lane, auto part) {
+                sum.add(lane, keep(load(x + p + i, part) - pivot, part));
+            });
+            return sum.total();
+        };
+        const float pivot = p == 0 ? sum_of(0) / float(pixels) : float(moments.mean);
         Sum sum, squares;
         each_vec<T>(pixels, [&](int64_t i, int lane, auto part) {
-            sum.add(lane, load(x + p + i, part));
-        });
-        const float mean = sum.total() / float(pixels);
-        each_vec<T>(pixels, [&](int64_t i, int lane, auto part) {
-            const Vec d = keep(load(x + p + i, part) - mean, part);
+            const Vec d = keep(load(x + p + i, part) - pivot, part);
+            sum.add(lane, d);
             squares.add(lane, d * d);
         });
-        moments.merge(double(pixels), mean, squares.total());
+        const double off = double(sum.total()) / double(pixels);
+        moments.merge(double(pixels), double(pivot) + off,
+                      double(squares.total()) - double(pixels) * off * off);
     });
     return moments;
 }
@@ -100,7 +110,7 @@ void each_group_of_planes(const Context& context, const Images& x, const ImageSi
 }
 
 template <class T>
-Affine affine_of(const void* weight, const void* bias, int64_t c, float mean, float rstd) {
+Affine<T> affine_of(const void* weight, const void* bias, int64_t c, float mean, float rstd) {
     return {all(mean), all(rstd), all(scalar<T>(weight, c)), all(scalar<T>(bias, c))};
 }
 
@@ -114,9 +124,10 @@ void forward_planes(const Images& x, const void* weight, const void* bias, const
             for (int64_t c = first; c < first + channels; ++c) {
                 const T* row = row_of<const T>(x, b, c, sizes);
                 const Out<T> out_row = {row_of<T>(out, b, c, sizes), streaming};
-                const Affine affine = affine_of<T>(weight, bias, c, mean, rstd);
+                const Vec scale = all(rstd * scalar<T>(weight, c)), shift = all(scalar<T>(bias, c));
                 each_vec<T>(sizes.P, [&](int64_t i, int, auto part) {
-                    out_row.store(i, silu(affine.z(load(row + i, part))), part);
+                    const Vec z = (load(row + i, part) - mean) * scale + shift;
+                    out_row.store(i, silu(z, T{}), part);
                 });
             }
         });
@@ -127,7 +138,7 @@ struct ChannelSums {
 };
 
 template <class T>
-ChannelSums channel_sums(const T* dy, const T* x, const Affine& affine, int64_t P) {
+ChannelSums channel_sums(const T* dy, const T* x, const Affine<T>& affine, int64_t P) {
     ChannelSums sums;
     each_block_of_pixels(P, [&](int64_t p, int64_t pixels) {
         Sum dz_sum, dz_n_sum;
@@ -169,7 +180,7 @@ void backward_planes(const Images& dy, const Images& x, const void* weight, cons
         [&](int64_t b, int64_t first, int64_t channels, float mean, float rstd) {
             double dn = 0, dn_n = 0;
             for (int64_t c = first; c < first + channels; ++c) {
-                const Affine affine = affine_of<T>(weight, bias, c, mean, rstd);
+                const Affine<T> affine = affine_of<T>(weight, bias, c, mean, rstd);
                 const ChannelSums sums = channel_sums(row_of<const T>(dy, b, c, sizes),
                                                       row_of<const T>(x, b, c, sizes), affine,
                                                       sizes.P);
@@ -184,7 +195,7 @@ void backward_planes(const Images& dy, const Images& x, const void* weight, cons
                 const T* row = row_of<const T>(x, b, c, sizes);
                 const T* dy_row = row_of<const T>(dy, b, c, sizes);
                 const Out<T> out = {row_of<T>(dx, b, c, sizes), streaming};
-                const Affine affine = affine_of<T>(weight, bias, c, mean, rstd);
+                const Affine<T> affine = affine_of<T>(weight, bias, c, mean, rstd);
                 each_vec<T>(sizes.P, [&](int64_t i, int, auto part) {
                     const Vec g = load(dy_row + i, part), v = load(row + i, part);
                     out.store(i, affine.dx(g, v, mean_dn, mean_dn_n), part);
@@ -322,7 +333,7 @@ struct AffineRow {  // of one picture
           bias(static_cast<const T*>(bias)) {}
 
     template <class Extent>
-    FLUXKERN_INLINE Affine at(int64_t i, const Extent& part) const {
+    FLUXKERN_INLINE Affine<T> at(int64_t i, const Extent& part) const {
         return {load(mean + i), load(rstd + i), load(weight + i, part), load(bias + i, part)};
     }
 };
@@ -339,7 +350,8 @@ void forward_rows(const Images& x, const void* weight, const void* bias, const I
             const T* row = row_of<const T>(x, b, p, sizes);
             const Out<T> out_row = {row_of<T>(out, b, p, sizes), streaming};
             each_vec<T>(sizes.C, [&](int64_t i, int, auto part) {
-                out_row.store(i, silu(affine.at(i, part).z(load(row + i, part))), part);
+                const Vec z = affine.at(i, part).z(load(row + i, part));
+                out_row.store(i, silu(z, T{}), part);
             });
         }
     };
@@ -360,7 +372,7 @@ void sum_gradients(const Context& context, const Images& dy, const Images& x, co
             const T* row = row_of<const T>(x, b, p, sizes);
             const T* dy_row = row_of<const T>(dy, b, p, sizes);
             each_vec<T>(sizes.C, [&](int64_t i, int, auto part) {
-                const Affine here = affine.at(i, part);
+                const Affine<T> here = affine.at(i, part);
                 const Vec v = load(row + i, part), dz = here.dz(load(dy_row + i, part), v);
                 store(dz_n + i, load(dz_n + i) + dz * here.n(v));
                 store(dz_sum + i, load(dz_sum + i) + dz);

@@ -95,6 +95,8 @@ FLUXKERN_KERNEL(group_norm_silu_backward, DType, Images dy, Images x, const void
                 float eps, float* scratch, const Context&)
 FLUXKERN_KERNEL(modulation, DType, Tokens vec, Rows weight, const void* bias, Rows out,
                 const MatrixSizes&, float* scratch, const Context&)
+FLUXKERN_KERNEL(linear, DType, Tokens x, Rows weight, const void* bias, bool gelu, bool add,
+                Tokens out, const MatrixSizes&, const Context&)
 FLUXKERN_KERNEL(linear_int8, DType, Tokens x, Rows weight, const float* weight_scale,
                 const void* bias, bool gelu, bool add, Tokens out, const MatrixSizes&,
                 const Context&)

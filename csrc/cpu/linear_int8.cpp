@@ -109,7 +109,7 @@ struct Product {
         b = b - excess * of.sum - column_b * of.zero;
         Vec v = Vec{to_float(a), to_float(b)} * (load(columns.scale) * of.scale);
         v = v + load(columns.bias);
-        v = ordered_as(gelu ? FLUXKERN_ISA::gelu(v) : v, T{});
+        v = ordered_as(gelu ? FLUXKERN_ISA::gelu(v, T{}) : v, T{});
         T* to = static_cast<T*>(out.data) + row / sizes.B * out.stride_b +
                 row % sizes.B * out.stride_l;
         const int64_t left = sizes.N - n;

@@ -10,17 +10,89 @@
 namespace fluxkern::cpu::FLUXKERN_ISA {
 namespace {
 
+// The rotation of a token with the weight in it: n -> n * own + swapped(n) * other. Both are
+// [padded(D)] in the order of T; of a pair with weights (w, v) own is (c w, c v) and other
+// (-s v, s w).
 template <class T>
-FLUXKERN_INLINE void norm_rope(const T* x, const T* weight, const Rotation& rotation, Out<T> out,
-                               int64_t D, float eps, const T* next) {
-    turned(x, weight, rotation, D, eps, [&](int64_t i, Vec pairs, auto part) {
-        out.store(i, vec_of(pairs, T{}), part);
-        prefetch(next + i);
+struct Turn {
+    float* own;
+
+    FLUXKERN_INLINE float* other(int64_t D) const {
+        return own + padded(D);
+    }
+    FLUXKERN_INLINE void set(const Rotation& rotation, const float* weights, int64_t D) const {
+        for (int64_t i = 0; i < padded(D); i += WIDTH) {
+            const Reg c = half(rotation.cos + i / 2), s = half(rotation.sin + i / 2);
+            const Vec pairs = load(weights + i);
+            store(own + i, vec_of({c * pairs.a, c * pairs.b}, T{}));
+            store(other(D) + i, vec_of({-s * pairs.b, s * pairs.a}, T{}));
+        }
+    }
+};
+
+// weight in pairs; [padded(D)]
+template <class T>
+void pair_weight(const T* weight, int64_t D, float* table) {
+    each_vec<T>(D, [&](int64_t i, int, auto part) {
+        store(table + i, pairs_of(load(weight + i, part), T{}));
+    });
+}
+
+template <int R, class T>
+FLUXKERN_INLINE void norms(const T* x, int64_t stride, int64_t D, float eps, float* rstd) {
+    Sum squares[R];
+    each_vec<T>(D, [&](int64_t i, int lane, auto part) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const Vec v = load(x + r * stride + i, part);
+            squares[r].add(lane, v * v);
+        }
+    });
+    rstds_of(squares, D, eps, rstd);
+}
+
+// The same heads of the next token are fetched before, in one go: fetches between stores slow both.
+template <int R, class T>
+FLUXKERN_INLINE void turn_heads(const T* x, int64_t stride, const float* rstd, const Turn<T>& turn,
+                                Out<T> out, int64_t out_stride, int64_t D, const T* next) {
+    for (int r = 0; r < R; ++r) {
+        for (int64_t i = 0; i < D; i += WIDTH) prefetch(next + r * stride + i);
+    }
+    each_vec<T>(D, [&](int64_t i, int, auto part) {
+        const Vec own = load(turn.own + i), other = load(turn.other(D) + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const Vec n = load(x + r * stride + i, part) * rstd[r];
+            out.store(r * out_stride + i, n * own + swapped(n, T{}) * other, part);
+        }
+    });
+}
+
+// body(Group<R>, first head) for R heads at a time
+template <int R, class Body>
+FLUXKERN_INLINE void each_group_of_heads(int64_t H, const Body& body) {
+    int64_t h = 0;
+    for (; h + R <= H; h += R) body(Group<R>{}, h);
+    for (; h < H; ++h) body(Group<1>{}, h);
+}
+
+// All heads of one token.
+template <class T>
+void norm_rope(const T* x, int64_t stride, const Turn<T>& turn, Out<T> out, int64_t out_stride,
+               int64_t H, int64_t D, float eps, float* rstd, const T* next) {
+    each_group_of_heads<4>(H, [&]<int R>(Group<R>, int64_t h) {
+        norms<R>(x + h * stride, stride, D, eps, rstd + h);
+    });
+    each_group_of_heads<8 / sizeof(T)>(H, [&]<int R>(Group<R>, int64_t h) {
+        const Out<T> heads = {out.row + h * out_stride, out.streaming};
+        turn_heads<R>(x + h * stride, stride, rstd + h, turn, heads, out_stride, D,
+                      next + h * stride);
     });
 }
 
 template <class T>
-FLUXKERN_INLINE void copy(const T* x, Out<T> out, int64_t D) {
+FLUXKERN_INLINE void copy(const T* x, Out<T> out, int64_t D, const T* next) {
+    for (int64_t i = 0; i < D; i += WIDTH) prefetch(next + i);
     each_vec<T>(D, [&](int64_t i, int, auto part) {
         out.store_rounded(i, load(x + i, part), part);
     });
@@ -47,24 +119,32 @@ void qk_norm_rope(DType dtype, Heads txt_q, Heads txt_k, Heads txt_v, Heads img_
                                streams_heads<T>(sizes, sizes.txt_len ? txt_k : img_k, k);
         const bool streaming_v = streams_heads<T>(sizes, {}, v);
         each_range(context, tokens, [&](int64_t begin, int64_t end) {
-            const Buffer table(sizes.D);
+            const int64_t D = sizes.D;
+            const Buffer table(D), turns(2 * padded(D)), weights(4 * padded(D)), rstd(sizes.H);
+            const void* const all_weights[] = {txt_q_weight, txt_k_weight, img_q_weight,
+                                               img_k_weight};
+            for (int i = 0; i < 4; ++i) {
+                const T* weight = static_cast<const T*>(all_weights[i]);
+                if (weight != nullptr) pair_weight(weight, D, weights.data + i * padded(D));
+            }
             for (int64_t row = begin; row < end; ++row) {
                 const Place at = place_of(row, tokens);
-                const Rotation rotation = rotation_of(cos, sin, at.l, sizes.D, table.data);
+                const Rotation rotation = rotation_of(cos, sin, at.l, D, table.data);
                 const int64_t l = at.txt ? at.l : at.l - sizes.txt_len;
-                const auto rotate = [&](const Heads& in, const void* weight, const Heads& out) {
-                    for (int64_t h = 0; h < sizes.H; ++h) {
-                        const T* x = head_of<T>(in, at.b, l, h);
-                        norm_rope<T>(x, static_cast<const T*>(weight), rotation,
-                                     {head_of<T>(out, at.b, at.l, h), streaming}, sizes.D, eps,
-                                     x + in.stride_l);
-                    }
+                const Turn<T> turn = {turns.data};
+                const auto rotate = [&](const Heads& in, int which, const Heads& out) {
+                    turn.set(rotation, weights.data + (at.txt ? which : 2 + which) * padded(D), D);
+                    const T* x = head_of<T>(in, at.b, l, 0);
+                    norm_rope<T>(x, in.stride_h, turn,
+                                 {head_of<T>(out, at.b, at.l, 0), streaming}, out.stride_h,
+                                 sizes.H, D, eps, rstd.data, x + in.stride_l);
                 };
-                rotate(at.txt ? txt_q : img_q, at.txt ? txt_q_weight : img_q_weight, q);
-                rotate(at.txt ? txt_k : img_k, at.txt ? txt_k_weight : img_k_weight, k);
+                rotate(at.txt ? txt_q : img_q, 0, q);
+                rotate(at.txt ? txt_k : img_k, 1, k);
+                const Heads& in = at.txt ? txt_v : img_v;
                 for (int64_t h = 0; v.data != nullptr && h < sizes.H; ++h) {
-                    copy<T>(head_of<T>(at.txt ? txt_v : img_v, at.b, l, h),
-                            {head_of<T>(v, at.b, at.l, h), streaming_v}, sizes.D);
+                    const T* x = head_of<T>(in, at.b, l, h);
+                    copy<T>(x, {head_of<T>(v, at.b, at.l, h), streaming_v}, D, x + in.stride_l);
                 }
             }
         });

@@ -1,6 +1,8 @@
 // RMSNorm of one head and its rotation by RoPE; the cosines and sines of a token.
 #pragma once
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace fluxkern::cpu::FLUXKERN_ISA {
@@ -19,6 +21,20 @@ FLUXKERN_INLINE Vec vec_of(Vec pairs, T) {
 }
 FLUXKERN_INLINE Vec vec_of(Vec pairs, bf16) {
     return pairs;
+}
+
+// The elements of each pair in the place of each other.
+constexpr Words neighbours() {
+    Words v = {};
+    for (int i = 0; i < REG; ++i) v[i] = uint32_t(i ^ 1);
+    return v;
+}
+template <class T>
+FLUXKERN_INLINE Vec swapped(Vec v, T) {
+    return {__builtin_shuffle(v.a, neighbours()), __builtin_shuffle(v.b, neighbours())};
+}
+FLUXKERN_INLINE Vec swapped(Vec v, bf16) {
+    return {v.b, v.a};
 }
 
 FLUXKERN_INLINE Reg half(const float* p) {  // of a table [padded(D) / 2]
@@ -45,16 +61,27 @@ FLUXKERN_INLINE float plain(float v) {  // without the low bits of a NaN, as rou
     return v == v ? v : __builtin_nanf("");
 }
 
+// table = data[0], data[stride] ..., then zeros up to padded(D) / 2
+template <class Stride>
+FLUXKERN_INLINE void gather(const float* data, Stride stride, int64_t D, float* table) {
+    for (int64_t i = 0; i < D / 2; ++i) table[i] = plain(data[i * stride]);
+    for (int64_t i = D / 2; i < padded(D) / 2; ++i) table[i] = 0;
+}
+
+FLUXKERN_INLINE void row_of(const Angles& angles, int64_t l, int64_t D, float* table) {
+    const float* data = angles.data + l * angles.stride_l;
+    if (angles.stride_d == 1) return gather(data, std::integral_constant<int64_t, 1>{}, D, table);
+    if (angles.stride_d == 2) return gather(data, std::integral_constant<int64_t, 2>{}, D, table);
+    gather(data, angles.stride_d, D, table);
+}
+
 // The rotation of token l, written to a table of padded(D) floats: D / 2 cosines, zeros, the sines.
 FLUXKERN_INLINE Rotation rotation_of(const Angles& cosines, const Angles& sines, int64_t l,
                                      int64_t D, float* table) {
-    float *cos = table, *sin = table + padded(D) / 2;
-    for (int64_t i = 0; i < D / 2; ++i) {
-        cos[i] = plain(cosines.data[l * cosines.stride_l + i * cosines.stride_d]);
-        sin[i] = plain(sines.data[l * sines.stride_l + i * sines.stride_d]);
-    }
-    for (int64_t i = D / 2; i < padded(D) / 2; ++i) cos[i] = sin[i] = 0;
-    return {cos, sin};
+    float* sin = table + padded(D) / 2;
+    row_of(cosines, l, D, table);
+    row_of(sines, l, D, sin);
+    return {table, sin};
 }
 
 template <class T>
@@ -70,6 +97,16 @@ FLUXKERN_INLINE float rstd_of(const T* x, int64_t D, float eps) {
         squares.add(lane, v * v);
     });
     return 1 / __builtin_sqrtf(squares.total() / float(D) + eps);
+}
+
+// The same of R heads at a time.
+template <int R>
+FLUXKERN_INLINE void rstds_of(const Sum (&squares)[R], int64_t D, float eps, float* rstd) {
+    Quarter quarters[4] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) quarters[r] = squares[r].quarter();
+    const Quarter found = 1 / square_root(totals(quarters) / float(D) + eps);
+    for (int r = 0; r < R; ++r) rstd[r] = found[r];
 }
 
 // sink(i, pairs, part) for the normed and turned head, in the order that vec_of takes.

@@ -87,23 +87,44 @@ FLUXKERN_INLINE Vec product(Vec x, Vec y) {
     return v;
 }
 
-FLUXKERN_INLINE float total(Reg v) {
-#if defined(__x86_64__)
+typedef float Quarter __attribute__((vector_size(16)));
+
+// The sums of every fourth element.
+FLUXKERN_INLINE Quarter quarter(Reg v) {
 #if defined(__AVX512F__)
     const __m512 whole = bit_cast<__m512>(v);
     const __m256 half = _mm512_maskz_extractf32x8_ps(0xff, whole, 0) +
                         _mm512_maskz_extractf32x8_ps(0xff, whole, 1);
-    const __m128 quarter = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+    return bit_cast<Quarter>(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 #elif defined(__AVX2__)
     const __m256 half = bit_cast<__m256>(v);
-    const __m128 quarter = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+    return bit_cast<Quarter>(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
 #else
-    const __m128 quarter = bit_cast<__m128>(v);
+    return v;
 #endif
-    const __m128 two = quarter + _mm_movehl_ps(quarter, quarter);
-    return two[0] + two[1];
+}
+
+FLUXKERN_INLINE float total(Reg v) {
+    const Quarter q = quarter(v);
+    return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+// Of four at once, each as total gives it.
+FLUXKERN_INLINE Quarter totals(const Quarter (&q)[4]) {
+    typedef uint32_t Places __attribute__((vector_size(16)));
+    constexpr Places low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
+    const Quarter two = __builtin_shuffle(q[0], q[1], low) + __builtin_shuffle(q[0], q[1], high);
+    const Quarter more = __builtin_shuffle(q[2], q[3], low) + __builtin_shuffle(q[2], q[3], high);
+    return __builtin_shuffle(two, more, Places{0, 1, 4, 5}) +
+           __builtin_shuffle(two, more, Places{2, 3, 6, 7});
+}
+
+FLUXKERN_INLINE Quarter square_root(Quarter v) {
+#ifdef __x86_64__
+    return bit_cast<Quarter>(_mm_sqrt_ps(bit_cast<__m128>(v)));
 #else
-    return (v[0] + v[2]) + (v[1] + v[3]);
+    return {__builtin_sqrtf(v[0]), __builtin_sqrtf(v[1]), __builtin_sqrtf(v[2]),
+            __builtin_sqrtf(v[3])};
 #endif
 }
 
@@ -236,7 +257,17 @@ FLUXKERN_INLINE Stored<T> narrow(Vec v, T) {
     return packed(v, T{});
 }
 FLUXKERN_INLINE Words narrow(Vec v, bf16) {
+#if defined(__AVX512F__)
+    const Words a = bit_cast<Words>(v.a), b = bit_cast<Words>(v.b);
+    const __m512i high = bit_cast<__m512i>(high_halves(a, b)), one = _mm512_set1_epi16(1);
+    const __m512i low = _mm512_mask_mov_epi16(bit_cast<__m512i>(a), 0xaaaaaaaa,
+                                              bit_cast<__m512i>(b << 16));
+    const __m512i tie_to_even = _mm512_ternarylogic_epi32(low, high, one, 0xf8);  // low | high & 1
+    const __mmask32 up = _mm512_cmpgt_epu16_mask(tie_to_even, _mm512_set1_epi16(-0x8000));
+    return bit_cast<Words>(_mm512_mask_add_epi16(high, up, high, one));
+#else
     return high_halves(rounded_to_bf16(v.a), rounded_to_bf16(v.b));
+#endif
 }
 
 // memory
@@ -410,9 +441,15 @@ struct Sum {
     FLUXKERN_INLINE void add(int lane, Vec v) {
         lanes[lane] = lanes[lane] + v;
     }
-    FLUXKERN_INLINE float total() const {
+    FLUXKERN_INLINE Reg reg() const {
         const Vec sum = lanes[0] + lanes[1];
-        return FLUXKERN_ISA::total(sum.a + sum.b);
+        return sum.a + sum.b;
+    }
+    FLUXKERN_INLINE float total() const {
+        return FLUXKERN_ISA::total(reg());
+    }
+    FLUXKERN_INLINE Quarter quarter() const {
+        return FLUXKERN_ISA::quarter(reg());
     }
 };
 

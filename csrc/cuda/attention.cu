@@ -321,43 +321,14 @@ bool takes_tensor_cores(DType dtype, const AttentionSizes& sizes) {
     return dtype != DType::f32 && sizes.D % WIDTH == 0 && sizes.D <= 128 && sizes.M > 0;
 }
 
-int64_t elements_of(const AttentionSizes& sizes) {
-    return sizes.B * sizes.L * sizes.H * sizes.D;
-}
-
-Heads dense(void* data, const AttentionSizes& sizes) {
-    const int64_t token = sizes.H * sizes.D;
-    return {data, sizes.L * token, token, sizes.D};
-}
-
-// k, and q unless it is normed while it is staged, to scratch.
-cudaError_t norm_ahead(DType dtype, Problem& p, const void* k_weight, bool q_too, float* scratch,
-                       const Context& context) {
-    const AttentionSizes& s = p.sizes;
-    const int64_t bytes = elements_of(s) * (dtype == DType::f32 ? 4 : 2);
-    const Heads none = {}, k = dense(scratch, s);
-    const Heads q = q_too ? dense(reinterpret_cast<char*>(scratch) + bytes, s) : none;
-    const cudaError_t error = qk_norm_rope(
-        dtype, none, none, none, p.q, p.k, none, p.norm.weight, k_weight, p.norm.weight, k_weight,
-        p.norm.cos, p.norm.sin, q, k, none, {s.B, s.L, s.H, s.D, 0}, p.norm.eps, context);
-    p.k = k;
-    if (q_too) p.q = q, p.norm.weight = nullptr;
-    return error;
-}
-
 }  // namespace
-
-int64_t rope_attention_scratch(DType dtype, const AttentionSizes& sizes, const Context&) {
-    const int64_t both = elements_of(sizes) * 2;
-    return dtype == DType::f32 ? both : both / 2;
-}
 
 cudaError_t attention(DType dtype, Heads q, Heads k, Heads v, const void* q_weight,
                       const void* k_weight, Angles cos, Angles sin, Heads out, float* lse,
                       const AttentionSizes& sizes, float eps, float* scratch,
                       const Context& context) {
-    const float factor = LOG2_E / std::sqrt(float(sizes.D));
-    Problem p = {q, k, v, out, lse, sizes, {q_weight, cos, sin, eps}, factor};
+    const float root = std::sqrt(float(sizes.D));
+    Problem p = {q, k, v, out, lse, sizes, {q_weight, cos, sin, eps}, 1 / root, LOG2_E / root};
     const bool tiled = takes_tensor_cores(dtype, sizes) && aligned(dtype, q, v, out, q_weight) &&
                        (q_weight != nullptr || aligned(dtype, k));
     if (q_weight != nullptr) {

@@ -40,6 +40,7 @@ struct RowState {
     const int row = threadIdx.x / OF_A_ROW, own = threadIdx.x % OF_A_ROW;
     float out[COLUMNS / OF_A_ROW] = {}, scores[TILE / OF_A_ROW] = {}, top = -INFINITY, sum = 0;
 
+    // Products are added in chains of 32: a long chain's rounding reaches every gradient.
     __device__ void score(int64_t key) {
 #pragma unroll
         for (float& score : scores) score = 0;
@@ -47,12 +48,15 @@ struct RowState {
             stage_plain<TILE, T>(memory.q, p.q, at, at.first, p.sizes.L, d, p.sizes.D);
             stage_plain<TILE, T>(memory.k, p.k, at, key, p.sizes.M, d, p.sizes.D);
             __syncthreads();
+            float chains[TILE / OF_A_ROW] = {};
             for (int i = 0; i < TILE; ++i) {
 #pragma unroll
                 for (int j = 0; j < TILE / OF_A_ROW; ++j) {
-                    scores[j] += memory.q[row][i] * memory.k[own + j * OF_A_ROW][i];
+                    chains[j] += memory.q[row][i] * memory.k[own + j * OF_A_ROW][i];
                 }
             }
+#pragma unroll
+            for (int j = 0; j < TILE / OF_A_ROW; ++j) scores[j] += chains[j];
             __syncthreads();
         }
     }
@@ -68,14 +72,15 @@ struct RowState {
         for (int bits = 1; bits < OF_A_ROW; bits *= 2) {
             most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, bits));
         }
-        const float base = base_of(most, p.factor), less = exp2_estimate(top * p.factor - base);
+        const float base = most == -INFINITY ? 0.0f : most;  // subtracted ahead of rounding by factor
+        const float less = exp2_estimate((top - base) * p.factor);
         top = most;
         sum *= less;
 #pragma unroll
         for (float& column : out) column *= less;
 #pragma unroll
         for (int j = 0; j < TILE / OF_A_ROW; ++j) {
-            const float weight = exp2_estimate(scores[j] * p.factor - base);
+            const float weight = exp2_estimate((scores[j] - base) * p.factor);
             sum += weight;
             memory.p[row][own + j * OF_A_ROW] = weight;
         }

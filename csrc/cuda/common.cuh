@@ -115,9 +115,10 @@ __device__ void store_packed(T* p, const Packed<T>& packed) {
 
 // rows
 
-// How a block shares out a row of C. VECTORS > 0: that many vectors a thread, 128 bits an access.
-// VECTORS = 0: any C and alignment, as many tiles as it takes, element by element.
-template <class T, int VECTORS>
+// How a block shares out a row of C. VECTORS > 0: that many vectors a thread, SIDE of them side by
+// side, 128 bits an access. VECTORS = 0: any C and alignment, as many tiles as it takes, element by
+// element.
+template <class T, int VECTORS, int SIDE = 1>
 struct Share {
     int C;
 
@@ -126,7 +127,9 @@ struct Share {
     }
     __device__ int column(int tile, int i) const {
         const int step = blockDim.x, thread = threadIdx.x;
-        if constexpr (VECTORS > 0) return (tile * step + thread) * WIDTH + i;
+        if constexpr (VECTORS > 0) {
+            return ((tile / SIDE * step + thread) * SIDE + tile % SIDE) * WIDTH + i;
+        }
         return (tile * WIDTH + i) * step + thread;
     }
     __device__ bool has(int tile, int i) const {

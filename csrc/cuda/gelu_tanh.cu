@@ -3,24 +3,12 @@
 // Bytes: 2 B L C elements; backward 3 B L C.
 // Accumulation: fp32, one rounding.
 // Limits: B * L * C < 2^42.
-#include "common.cuh"
+#include "gelu.cuh"
 
 namespace fluxkern::cuda {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr float ROOT = 0.79788456080286536f;  // sqrt(2 / pi)
-constexpr float CUBIC = 0.044715f;
-
-struct Gate {  // sigmoid(2u), and what is left of 1, neither by a difference
-    float open, shut;
-};
-
-__device__ inline Gate gate_of(float x) {
-    const float u = ROOT * (x + CUBIC * x * x * x), t = expf(-2 * fabsf(u));
-    const float near = 1 / (1 + t), far = t / (1 + t);
-    return u >= 0 ? Gate{near, far} : Gate{far, near};
-}
 
 __device__ inline float slope_of(float x) {
     const Gate gate = gate_of(x);

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "../heads.h"
+#include "../images.h"
 #include "../matrices.h"
 #include "../views.h"
 
@@ -80,7 +81,10 @@ cudaError_t qk_norm_rope_backward(DType dtype, Heads dq_out, Heads dk_out, Heads
                                   HeadSizes sizes, float eps, float* scratch,
                                   const Context& context);
 
-int64_t rope_attention_scratch(DType dtype, const AttentionSizes& sizes, const Context& context);
+inline int64_t rope_attention_scratch(DType dtype, const AttentionSizes& s, const Context&) {
+    const int64_t both = 2 * s.B * s.L * s.H * s.D;
+    return dtype == DType::f32 ? both : both / 2;
+}
 
 // lse: [B, L, H], or none. With weights, [D] of the dtype, q and k are normed and rotated first,
 // which takes scratch.
@@ -88,6 +92,12 @@ cudaError_t attention(DType dtype, Heads q, Heads k, Heads v, const void* q_weig
                       const void* k_weight, Angles cos, Angles sin, Heads out, float* lse,
                       const AttentionSizes& sizes, float eps, float* scratch,
                       const Context& context);
+
+// The same by wgmma and TMA, on sm_90a alone; cudaErrorNotSupported where it does not take them.
+cudaError_t attention_wgmma(DType dtype, Heads q, Heads k, Heads v, const void* q_weight,
+                            const void* k_weight, Angles cos, Angles sin, Heads out, float* lse,
+                            const AttentionSizes& sizes, float eps, float* scratch,
+                            const Context& context);
 
 inline int64_t modulation_scratch(const MatrixSizes&, const Context&) {
     return 0;
@@ -101,5 +111,27 @@ cudaError_t gelu_tanh(DType dtype, Tokens x, Tokens out, Sizes sizes, const Cont
 
 cudaError_t gelu_tanh_backward(DType dtype, Tokens dy, Tokens x, Tokens dx, Sizes sizes,
                                const Context& context);
+
+// Rows in e4m3: out [B, L, C] bytes and row_scale [B, L], out * row_scale is the result.
+
+cudaError_t norm_modulate_fp8(DType dtype, Tokens x, Rows scale, Rows shift, Tokens out,
+                              float* row_scale, Sizes sizes, float eps, const Context& context);
+
+cudaError_t gelu_tanh_fp8(DType dtype, Tokens x, Tokens out, float* row_scale, Sizes sizes,
+                          const Context& context);
+
+int64_t group_norm_silu_scratch(const ImageSizes& sizes, const Context& context);
+
+// All pictures in one of the two layouts; weight, bias [C] of the dtype.
+cudaError_t group_norm_silu(DType dtype, Images x, const void* weight, const void* bias, Images out,
+                            const ImageSizes& sizes, float eps, float* scratch,
+                            const Context& context);
+
+int64_t group_norm_silu_backward_scratch(const ImageSizes& sizes, const Context& context);
+
+cudaError_t group_norm_silu_backward(DType dtype, Images dy, Images x, const void* weight,
+                                     const void* bias, Images dx, void* dweight, void* dbias,
+                                     const ImageSizes& sizes, float eps, float* scratch,
+                                     const Context& context);
 
 }  // namespace fluxkern::cuda

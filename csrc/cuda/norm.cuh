@@ -18,14 +18,15 @@ struct Kept {
     __device__ void keep(int tile, const Packed<T>& packed) {
         if constexpr (VECTORS > 0) registers[tile] = packed;
     }
-    __device__ Vec at(const Share<T, VECTORS>& share, int tile) const {
+    template <int SIDE>
+    __device__ Vec at(const Share<T, VECTORS, SIDE>& share, int tile) const {
         if constexpr (VECTORS > 0) return unpack(registers[tile]);
         return share.load(memory, tile);
     }
 };
 
-template <class T, int VECTORS>
-__device__ Kept<T, VECTORS> read_row(const Share<T, VECTORS>& share, const T* memory) {
+template <class T, int VECTORS, int SIDE>
+__device__ Kept<T, VECTORS> read_row(const Share<T, VECTORS, SIDE>& share, const T* memory) {
     Kept<T, VECTORS> row = {memory, {}};
     if constexpr (VECTORS > 0) {
         share.each_tile([&](int tile) { row.keep(tile, share.load_whole(memory, tile)); });
@@ -37,9 +38,9 @@ struct Statistics {
     float mean, rstd;
 };
 
-template <class T, int VECTORS>
-__device__ Statistics statistics_of(const Share<T, VECTORS>& share, const Kept<T, VECTORS>& row,
-                                    float eps, NormStorage& storage) {
+template <class T, int VECTORS, int SIDE>
+__device__ Statistics statistics_of(const Share<T, VECTORS, SIDE>& share,
+                                    const Kept<T, VECTORS>& row, float eps, NormStorage& storage) {
     float sum[1] = {}, squares[1] = {};
     share.each_tile([&](int tile) {
         const Vec x = row.at(share, tile);
@@ -57,16 +58,22 @@ __device__ Statistics statistics_of(const Share<T, VECTORS>& share, const Kept<T
     return {mean, rsqrtf(squares[0] / float(share.C) + eps)};
 }
 
-// out = norm(row) * (1 + scale) + shift
+// norm(row) * (1 + scale) + shift
+template <class T, int VECTORS, int SIDE>
+__device__ Vec modulated(const Share<T, VECTORS, SIDE>& share, const Kept<T, VECTORS>& row,
+                         const Statistics& s, const T* scale, const T* shift, int tile) {
+    const Vec x = row.at(share, tile), m = share.load(scale, tile), a = share.load(shift, tile);
+    Vec h;
+    for (int i = 0; i < WIDTH; ++i) h[i] = (x[i] - s.mean) * s.rstd * (1 + m[i]) + a[i];
+    return h;
+}
+
 template <class T, int VECTORS>
 __device__ void write_norm_modulate(const Share<T, VECTORS>& share, const Kept<T, VECTORS>& row,
                                     const T* scale, const T* shift, T* out, float eps) {
     const Statistics s = statistics_of(share, row, eps, shared<NormStorage>());
     share.each_tile([&](int tile) {
-        const Vec x = row.at(share, tile), m = share.load(scale, tile), a = share.load(shift, tile);
-        Vec h;
-        for (int i = 0; i < WIDTH; ++i) h[i] = (x[i] - s.mean) * s.rstd * (1 + m[i]) + a[i];
-        share.store(out, tile, h);
+        share.store(out, tile, modulated(share, row, s, scale, shift, tile));
     });
 }
 

@@ -3,7 +3,7 @@
 //   g++ -std=c++20 -O2 -Wno-unknown-pragmas -DFLUXKERN_HOST -Icsrc/host
 //       -isystem $CUDA_HOME/include -x c++ -c csrc/cuda/<op>.cu
 //
-// together with csrc/host/device.cpp. cuda_bf16.h, cuda_fp16.h and the vector types are the
+// together with csrc/host/*.cpp. cuda_bf16.h, cuda_fp16.h and the vector types are the
 // toolkit's own. Shared memory is dynamic only: it lies on the heap, exactly as large as the launch
 // says, new for each block and filled with NaN. FLUXKERN_HOST_REVERSE=1 runs blocks and threads
 // from the last to the first.
@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <tuple>
 #include <utility>
@@ -89,6 +90,10 @@ T __shfl_down_sync(unsigned mask, T value, int by, int width = 32, Site site = S
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, int by, int width = 32, Site site = Site::here()) {
     return shuffle_within(mask, value, fluxkern::host::lane() - by, width, site);
+}
+
+inline void __trap() {
+    std::abort();
 }
 
 inline float rsqrtf(float x) {

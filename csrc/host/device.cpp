@@ -81,19 +81,11 @@ std::map<const void*, int> allowed_shared;
 int stacks = MAX_THREADS, first_stack;  // TSan: not the block before's, which it can race with
 char block_start;  // TSan: what was there when the block began
 
+int64_t serial;  // of the block
+int block_threads;
+std::string stopped;  // why, if a thread has ended the launch
+
 // sanitizers
-
-UNSEEN void release([[maybe_unused]] char* point) {
-#if defined(__SANITIZE_THREAD__)
-    __tsan_release(point);
-#endif
-}
-
-UNSEEN void acquire([[maybe_unused]] char* point) {
-#if defined(__SANITIZE_THREAD__)
-    __tsan_acquire(point);
-#endif
-}
 
 UNSEEN void change_stack(void** save, void* load, [[maybe_unused]] void** asan_save,
                          [[maybe_unused]] const void* bottom, [[maybe_unused]] size_t size,
@@ -132,6 +124,7 @@ UNSEEN void first_turn() {
 #endif
     acquire(&block_start);
     (*kernel_body)();
+    if (self().products) stop("a thread has ended before its products");
     release(&launch_end);
     self().state = State::done;
     back_to_scheduler(self());
@@ -178,7 +171,7 @@ UNSEEN void prepare(Thread& thread) {
     thread.asan_stack = nullptr;
     thread.state = State::ready;
     thread.parity = false;
-    thread.meetings = thread.copies = 0;
+    thread.meetings = thread.copies = thread.products = 0;
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(stack_of(thread) + PAGE, STACK - PAGE);
 #endif
@@ -244,7 +237,7 @@ UNSEEN bool open_warp_barrier(Thread& thread, int threads) {
 
 UNSEEN std::string place(const Thread& thread) {
     static const char* const names[] = {"runs", "waits in __syncthreads", "waits in __syncwarp",
-                                        "waits in a shuffle", "has ended"};
+                                        "waits in a shuffle", "waits for a phase", "has ended"};
     std::string text = names[int(thread.state)];
     if (thread.state == State::done) return text;
     return text + " at " + thread.site.file + ":" + std::to_string(thread.site.line);
@@ -275,19 +268,39 @@ UNSEEN bool backwards() {
     return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
+// The threads whose condition has come to hold go on.
+UNSEEN bool open_conditions(int threads) {
+    bool opened = false;
+    for (int i = 0; i < threads; ++i) {
+        Thread& thread = thread_at(i);
+        if (thread.state != State::at_condition || !thread.holds(thread.on, thread.value)) continue;
+        thread.state = State::ready;
+        opened = true;
+    }
+    return opened;
+}
+
 // Gives turns until all threads are done; false when they wait for each other forever.
 UNSEEN bool run_threads(int threads, bool reverse) {
     for (;;) {
         int done = 0;
+        bool opened = false;
         for (int i = 0; i < threads; ++i) {
             Thread& thread = thread_at(reverse ? threads - 1 - i : i);
             if (thread.state == State::ready) give_turn(thread);
+            if (!stopped.empty()) return false;
             done += thread.state == State::done;
+            opened |= thread.state == State::ready;  // it gave way
         }
-        if (done == threads) return true;
-        bool opened = open_block_barrier(threads);
+        if (done == threads) {
+            if (beside != nullptr && beside(true)) stopped = "a block has ended before its copies";
+            return stopped.empty();
+        }
+        opened |= open_block_barrier(threads);
         for (int i = 0; i < threads; ++i) opened |= open_warp_barrier(thread_at(i), threads);
-        if (!opened) return false;
+        opened |= open_conditions(threads);
+        while (!opened && beside != nullptr && beside(false)) opened = open_conditions(threads);
+        if (!stopped.empty() || !opened) return false;
     }
 }
 
@@ -295,7 +308,7 @@ using SharedMemory = std::unique_ptr<void, decltype(&std::free)>;
 
 UNSEEN SharedMemory new_shared(size_t bytes) {
     void* memory = nullptr;
-    if (posix_memalign(&memory, 128, bytes ? bytes : 1) != 0) std::abort();
+    if (posix_memalign(&memory, 1024, bytes ? bytes : 1) != 0) std::abort();
     std::memset(memory, 0xff, bytes);  // NaN in every float type
     return {memory, &std::free};
 }
@@ -304,6 +317,8 @@ UNSEEN bool run_block(const cudaLaunchConfig_t& config, uint3 block_index, void*
                       bool reverse) {
     const int threads = int(volume(config.blockDim));
     block_phase = 0;
+    ++serial;
+    block_threads = threads;
     if (SEES_RACES) {
         stacks = std::min(2 * threads, MAX_THREADS);
         first_stack = (first_stack + 377) % stacks;
@@ -320,7 +335,8 @@ UNSEEN bool run_block(const cudaLaunchConfig_t& config, uint3 block_index, void*
     }
     release(&block_start);
     const bool finished = run_threads(threads, reverse);
-    if (!finished) message = divergence(threads);
+    if (!finished) message = stopped.empty() ? divergence(threads) : stopped;
+    stopped.clear();
     return finished;
 }
 
@@ -340,6 +356,52 @@ std::string refused(const cudaLaunchConfig_t& config, const void* kernel) {
 }
 
 }  // namespace
+
+bool (*beside)(bool) = nullptr;
+
+UNSEEN void release([[maybe_unused]] void* point) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(point);
+#endif
+}
+
+UNSEEN void acquire([[maybe_unused]] void* point) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(point);
+#endif
+}
+
+UNSEEN void wait_until(Condition holds, const void* on, uint64_t value, Site site) {
+    Thread& thread = self();
+    if (holds(on, value)) return;
+    thread.holds = holds;
+    thread.on = on;
+    thread.value = value;
+    thread.mask = 0;
+    wait(State::at_condition, site);
+}
+
+UNSEEN void give_way() {
+    wait(State::ready, self().site);
+}
+
+UNSEEN void stop(const char* why) {
+    stopped = std::string(why) + ": thread " + std::to_string(self().linear);
+    wait(State::at_condition, self().site);
+    std::abort();  // no turn comes
+}
+
+UNSEEN int64_t block_serial() {
+    return serial;
+}
+
+UNSEEN bool is_waited_for(const void* on) {
+    for (int i = 0; i < block_threads; ++i) {
+        const Thread& thread = thread_at(i);
+        if (thread.state == State::at_condition && thread.on == on) return true;
+    }
+    return false;
+}
 
 UNSEEN void block_barrier(Site site) {
     char* const point = &block_released[block_phase & 1];  // the other one while this opens

@@ -24,7 +24,9 @@ struct Site {  // where a thread waits, or where nobody does
     }
 };
 
-enum class State { ready, at_block_barrier, at_warp_barrier, at_exchange, done };
+enum class State { ready, at_block_barrier, at_warp_barrier, at_exchange, at_condition, done };
+
+using Condition = bool (*)(const void* on, uint64_t value);
 
 struct Copy {  // under way to shared memory
     void* to;
@@ -41,6 +43,9 @@ struct Thread {  // at the top of its own stack
     uint32_t mask;    // lanes that a warp waits for
     int source;       // lane whose value this one asks for
     uint64_t value;   // its own before an exchange, the source's after it
+    Condition holds;  // what it waits for, of `on` and `value`
+    const void* on;
+    int products;     // under way
     void* stack_pointer;
     void* asan_stack;
     void* tsan_fiber;
@@ -68,6 +73,21 @@ void warp_barrier(uint32_t mask, Site site);
 uint64_t exchange(uint32_t mask, int source_lane, uint64_t value, Site site);
 void meet(const uint64_t (&words)[WORDS], Site site);  // all lanes of the warp, with these
 const void* brought(int lane);                         // to the last meeting
+
+// Waits until it holds; gives the others a turn.
+void wait_until(Condition holds, const void* on, uint64_t value, Site site);
+void give_way();
+// Ends the launch with an error.
+[[noreturn]] void stop(const char* why);
+int64_t block_serial();  // of all blocks that have run
+bool is_waited_for(const void* on);
+// Does a piece of what goes on beside the threads and is waited for, when none of them can go on,
+// or of anything; false: there is none.
+extern bool (*beside)(bool anything);
+
+// TSan: what was done before the one is seen after the other.
+void release(void* point);
+void acquire(void* point);
 
 // Asynchronous copies: what they go to holds NaN until they are waited for.
 void start_copy(void* to, const void* from, int bytes);

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import _tiles
 from ._rows import MAX_B
 from .qk_norm_rope import inverse_rms, load_weight, rotate, table, view
 
@@ -31,32 +32,6 @@ def unsupported(name: str, *args: object) -> str | None:
     return None
 
 
-# configurations, from each architecture up to the next, of half precision and D <= 128:
-# tile of queries, tile of keys, warps, stages, loads by TMA
-
-
-FORWARD = {
-    80: (128, 64, 8, 3, False),
-    86: (128, 64, 8, 2, False),  # 99 KiB of shared memory
-    90: (128, 128, 8, 3, True),
-    100: (128, 128, 8, 2, True),
-    120: (128, 32, 8, 3, True),
-}
-BACKWARD_KEYS = {
-    80: (64, 64, 8, 2, False),
-    90: (32, 128, 8, 3, True),  # with 64 queries it spills
-    100: (64, 128, 8, 2, True),
-    120: (64, 64, 8, 2, False),  # with TMA it spills
-}
-BACKWARD_QUERIES = {
-    80: (64, 64, 8, 2, False),
-    90: (128, 64, 8, 3, True),
-    100: (128, 64, 8, 2, True),
-    120: (128, 32, 8, 2, False),  # with TMA it spills
-}
-SMALL = (32, 32, 4, 1, False)  # fp32 or a wide head: no tensor cores, little shared memory
-
-
 def architecture() -> int:
     """80, 89, 90, 100 or 120; 80 in the interpreter."""
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -64,14 +39,10 @@ def architecture() -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
 
-def configured(table: dict[int, tuple], q: Tensor) -> dict[str, int]:
-    """The entry of a table for this machine, as what a kernel takes."""
-    dim, entry = q.shape[-1], SMALL
-    if q.dtype.itemsize == 2 and dim <= 128:
-        entry = table[max(known for known in table if known <= architecture())]
-    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA")
-    block_d = max(16, triton.next_power_of_2(dim))
-    return {"D": dim, "BLOCK_D": block_d} | dict(zip(names, entry, strict=True))
+def configured(kernel: str, q: Tensor) -> dict[str, int]:
+    """The tile of a kernel on this machine, as what it takes."""
+    dim, tile = q.shape[-1], _tiles.chosen(kernel, architecture(), q)
+    return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))} | tile._asdict()
 
 
 # tiles
@@ -83,9 +54,10 @@ def takes_tma(t: Tensor) -> bool:
     return t.numel() > 0 and t.stride(3) == 1 and aligned and t.data_ptr() % 16 == 0
 
 
-def sources(config: dict[str, int], *tiles: tuple[Tensor, str]) -> list:
-    """What load_tile takes for each tensor and name of its tile; settles config["TMA"]."""
-    config["TMA"] = config["TMA"] and all(takes_tma(t) for t, _ in tiles)
+def sources(kernel: str, config: dict[str, int], *tiles: tuple[Tensor, str]) -> list:
+    """What load_tile takes for each tensor and name of its tile; `config` for TMA or without."""
+    if config["TMA"] and not all(takes_tma(t) for t, _ in tiles):
+        config |= _tiles.by_pointers(kernel, architecture())._asdict()
     if not config["TMA"]:
         return [view(t) for t, _ in tiles]
     blocks = [[1, config[tile], 1, config["BLOCK_D"]] for _, tile in tiles]
@@ -239,8 +211,8 @@ def forward(
 ) -> None:
     """Attention of q, which is normed and rotated first where a weight is given."""
     batch, length, heads, dim = q.shape
-    config = configured(FORWARD, q)
-    inputs = sources(config, (q, "BLOCK_M"), (k, "BLOCK_N"), (v, "BLOCK_N"))
+    config = configured("attention", q)
+    inputs = sources("attention", config, (q, "BLOCK_M"), (k, "BLOCK_N"), (v, "BLOCK_N"))
     rope = q_weight is not None
     attention_kernel[(triton.cdiv(length, config["BLOCK_M"]), heads, batch)](
         *inputs,
@@ -274,7 +246,7 @@ def attention_delta_kernel(
     out,
     dout,
     lse,
-    dlse,
+    dlse,  # None: none
     rows_ptr,  # [2, B, H, L] fp32: lse in base 2, delta
     L,
     D: tl.constexpr,
@@ -287,12 +259,14 @@ def attention_delta_kernel(
     do = load_tile(dout, b, start, h, L, False, D, BLOCK_M, BLOCK_D).to(tl.float32)
     rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
     mask = rows < L
-    dlse_rows = tl.load(head_ptr(dlse, b, h) + rows * dlse[2], mask=mask, other=0.0)
+    delta = tl.sum(o * do, 1)
+    if dlse is not None:
+        delta -= tl.load(head_ptr(dlse, b, h) + rows * dlse[2], mask=mask, other=0.0)
     lse_rows = tl.load(head_ptr(lse, b, h) + rows * lse[2], mask=mask, other=0.0)
     heads = tl.num_programs(1).to(tl.int64)
     ptr = rows_ptr + (b * heads + h) * L + rows
     tl.store(ptr, lse_rows * LOG2_E, mask=mask)
-    tl.store(ptr + tl.num_programs(2) * heads * L, tl.sum(o * do, 1) - dlse_rows, mask=mask)
+    tl.store(ptr + tl.num_programs(2) * heads * L, delta, mask=mask)
 
 
 @triton.jit
@@ -378,7 +352,7 @@ def attention_backward_queries_kernel(
 
 def attention_backward(
     dout: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -396,7 +370,7 @@ def attention_backward(
         view(out),
         view(dout),
         (lse, *lse.stride()),
-        (dlse, *dlse.stride()),
+        None if dlse is None else (dlse, *dlse.stride()),
         rows,
         length,
         D=dim,
@@ -405,13 +379,14 @@ def attention_backward(
         num_warps=4,
     )
 
-    def launch(kernel, config: dict[str, int], tokens: int, tile: str, grads: tuple) -> None:
+    def launch(name: str, kernel, tokens: int, tile: str, grads: tuple) -> None:
+        config = configured(name, q)
         tiles = ((q, "BLOCK_M"), (k, "BLOCK_N"), (v, "BLOCK_N"), (dout, "BLOCK_M"))
-        inputs = sources(config, *tiles)
+        inputs = sources(name, config, *tiles)
         kernel[(triton.cdiv(tokens, config[tile]), heads, batch)](
             *inputs, rows, *map(view, grads), length, keys, dim**-0.5, **config
         )
 
-    by_keys, by_queries = configured(BACKWARD_KEYS, q), configured(BACKWARD_QUERIES, q)
-    launch(attention_backward_keys_kernel, by_keys, keys, "BLOCK_N", (dk, dv))
-    launch(attention_backward_queries_kernel, by_queries, length, "BLOCK_M", (dq,))
+    by_keys, by_queries = attention_backward_keys_kernel, attention_backward_queries_kernel
+    launch("attention_backward_keys", by_keys, keys, "BLOCK_N", (dk, dv))
+    launch("attention_backward_queries", by_queries, length, "BLOCK_M", (dq,))

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .step_graph import StepGraphs
+from .transformer import Workspace
+
 LATENT_CHANNELS = 16
 PATCH = 16  # pixels along a side of one image token: 8 of the VAE times 2 of packing
 
@@ -358,7 +361,7 @@ def euler_step(img: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor)
     return moved.to(velocity.dtype)
 
 
-def combine_cfg(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+def combine_cfg(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """Lead away from the negative prompt.
 
     `uncond + scale * (cond - uncond)`
@@ -366,7 +369,7 @@ def combine_cfg(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     Args:
         cond: velocity for the prompt, any shape.
         uncond: velocity for the negative prompt, the same shape.
-        scale: 1 gives `cond`.
+        scale: 1 gives `cond`; a number, or a tensor that broadcasts, like [B, 1, 1].
 
     Returns:
         The combined velocity.
@@ -416,11 +419,15 @@ class _Pass:
         self.times = times.expand(-1, batch)  # [S, B]
         self.workspaces = model.workspaces(*self.ids, self.times, text.vec, self.guidance)
 
-    def velocity(self, img: Tensor, index: int) -> Tensor:
-        text, (img_ids, txt_ids) = self.text, self.ids
-        img = img.repeat(text.txt.shape[0] // img.shape[0], 1, 1)
-        args = (img, img_ids, text.txt, txt_ids, self.times[index], text.vec, self.guidance)
-        return self.model(*args, self.workspaces[index])
+    def velocity(self, img: Tensor, index: int, graphs: StepGraphs) -> Tensor:
+        img = img.repeat(self.text.txt.shape[0] // img.shape[0], 1, 1)
+        img_ids, txt_ids = self.ids
+
+        def step(img: Tensor, txt: Tensor, workspace: Workspace) -> Tensor:
+            args = (img, img_ids, txt, txt_ids, self.times[index], self.text.vec, self.guidance)
+            return self.model(*args, workspace)
+
+        return graphs.run(step, img, self.text.txt, self.workspaces[index])
 
 
 def _passes(cond: Conditioning, uncond: Conditioning | None) -> list[Conditioning]:
@@ -443,6 +450,7 @@ def denoise(
     uncond: Conditioning | None = None,
     true_cfg_scale: float = 1.0,
     release_modulation: bool = False,
+    cuda_graph: bool | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """Turn noise into packed latents by Euler steps along the model's velocity.
@@ -460,6 +468,8 @@ def denoise(
         uncond: the negative prompts, B of them; None for the prompts alone.
         true_cfg_scale: scale of the two velocities; not used without `uncond`.
         release_modulation: the modulation layers wait in the memory of the CPU while it samples.
+        cuda_graph: whether steps after the first are replayed as a CUDA graph, which lives for this
+            call and calls no hooks of modules; None does so on a GPU at sizes where it gains.
         on_step: called after each step.
 
     Returns:
@@ -478,9 +488,9 @@ def denoise(
             model.modulation_to("cpu")
         return passes
 
-    passes = prepared(cond)
+    passes, graphs = prepared(cond), StepGraphs(model, cuda_graph)
     for index, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        flow = torch.cat([one.velocity(img, index) for one in passes])
+        flow = torch.cat([one.velocity(img, index, graphs) for one in passes])
         if uncond is not None:
             flow = combine_cfg(*flow.chunk(2), true_cfg_scale)
         img = euler_step(img, flow, sigma, sigma_next)

@@ -6,6 +6,7 @@ import copy
 import textwrap
 import warnings
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -210,8 +211,16 @@ def check_texts(name: str, texts: object) -> None:
             raise ValueError(f"{name}: not valid Unicode: {ascii(text)[:80]}") from None
 
 
+_TOKENIZING = Lock()  # a call sets padding and truncation on the tokenizer, for all threads
+
+
 def _tokenize(tokenizer: Any, texts: list[str], limit: int, name: str) -> Tensor:
-    for ids in tokenizer(texts, verbose=False).input_ids:
+    with _TOKENIZING:
+        whole = tokenizer(texts, verbose=False).input_ids
+        padded = tokenizer(
+            texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        )
+    for ids in whole:
         if len(ids) > limit:
             # the last token kept is the end mark, so the cut begins one earlier
             cut = textwrap.shorten(tokenizer.decode(ids[limit - 1 : -1]), 400, placeholder=" ...")
@@ -219,9 +228,6 @@ def _tokenize(tokenizer: Any, texts: list[str], limit: int, name: str) -> Tensor
                 f"{name} reads {limit} tokens and the prompt has {len(ids)}; this was cut: {cut!r}",
                 stacklevel=4,
             )
-    padded = tokenizer(
-        texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-    )
     return padded.input_ids  # [B, limit]
 
 

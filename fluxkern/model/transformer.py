@@ -391,14 +391,15 @@ class SingleStreamBlock(nn.Module):
         qkv = _split_heads(stream.linear("wide", h, qkv_layer), self.num_heads)
         attn = ops.rope_attention(*qkv, *self.norm.weights, cos, sin).flatten(2)
         del qkv  # its memory is the MLP's
+        attn_layer, out_layer = _column_parts(self.linear2, self.columns)
+        y = stream.linear("branch", attn, attn_layer)
+        del attn
         mlp = stream.linear("wide", h, mlp_layer, "gelu_tanh")
         del h
-        attn_layer, mlp_layer = _column_parts(self.linear2, self.columns)
-        y = stream.linear("branch", attn, attn_layer)
         if torch.is_grad_enabled():
-            y = y + _linear(mlp, mlp_layer)
+            y = y + _linear(mlp, out_layer)
         else:
-            _linear(mlp, mlp_layer, out=y, add=True)
+            _linear(mlp, out_layer, out=y, add=True)
         stream.add(y, mod[2], twin[2])
 
 

@@ -1,6 +1,16 @@
 """The ops of FLUX.1: meaning in `fluxkern.reference`, backends behind one call."""
 
-from ._dispatch import BACKENDS, Backend, Choice, compiled_kernels, explain, register
+from ._dispatch import (
+    BACKENDS,
+    Backend,
+    Choice,
+    compiled_kernels,
+    explain,
+    register,
+    tile_candidates,
+    variants,
+    why_not,
+)
 from .attention import attention, attention_lse
 from .gated_residual import gated_residual, joint_gated_residual
 from .gated_residual_norm_modulate import (
@@ -8,11 +18,13 @@ from .gated_residual_norm_modulate import (
     joint_gated_residual_norm_modulate,
 )
 from .gelu_tanh import gelu_tanh
+from .gelu_tanh_fp8 import gelu_tanh_fp8
 from .group_norm_silu import group_norm_silu
 from .linear import linear
 from .linear_int8 import linear_int8, quantize_int8
 from .modulation import modulation
 from .norm_modulate import joint_norm_modulate, norm_modulate
+from .norm_modulate_fp8 import norm_modulate_fp8
 from .qk_norm_rope import joint_qk_norm_rope, qk_norm_rope, qk_norm_rope_
 from .rope_attention import rope_attention
 from .timestep_embedding import timestep_embedding
@@ -28,6 +40,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_norm_modulate",
     "gelu_tanh",
+    "gelu_tanh_fp8",
     "group_norm_silu",
     "joint_gated_residual",
     "joint_gated_residual_norm_modulate",
@@ -37,10 +50,14 @@ __all__ = [
     "linear_int8",
     "modulation",
     "norm_modulate",
+    "norm_modulate_fp8",
     "qk_norm_rope",
     "qk_norm_rope_",
     "quantize_int8",
     "register",
     "rope_attention",
+    "tile_candidates",
     "timestep_embedding",
+    "variants",
+    "why_not",
 ]

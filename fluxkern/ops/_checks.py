@@ -5,12 +5,25 @@ from torch import Tensor
 
 def shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], sizes: str) -> None:
     """`expected` holds a number per axis, None where any size will do; `sizes` is its name."""
-    found = tuple(tensor.shape)
-    if len(found) != len(expected) or any(
-        e is not None and f != e for f, e in zip(found, expected, strict=True)
-    ):
-        wanted = ", ".join("any" if e is None else str(e) for e in expected)
-        raise ValueError(f"{name} must be {sizes} = [{wanted}], got {list(found)}")
+    found = tensor.shape
+    if len(found) == len(expected):
+        for f, e in zip(found, expected, strict=True):  # half the time of any() on a generator
+            if e is not None and f != e:
+                break
+        else:
+            return
+    wanted = ", ".join("any" if e is None else str(e) for e in expected)
+    raise ValueError(f"{name} must be {sizes} = [{wanted}], got {list(found)}")
+
+
+def _alike(tensor: Tensor, other: Tensor) -> bool:
+    """Shape, dtype and device of other, last axis contiguous: nothing more to be looked at."""
+    return (
+        tensor.shape == other.shape
+        and tensor.dtype == other.dtype
+        and tensor.device == other.device
+        and tensor.stride(-1) == 1
+    )
 
 
 def like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -46,6 +59,8 @@ def tokens(name: str, x: Tensor) -> None:
 
 def same_tokens(name: str, y: Tensor, other_name: str, x: Tensor) -> None:
     """The shape, dtype and device of x."""
+    if _alike(y, x):
+        return
     shape(name, y, tuple(x.shape), f"the shape of {other_name}")
     like(name, y, other_name, x)
     last_axis_contiguous(name, y)
@@ -89,6 +104,8 @@ def heads(name: str, q: Tensor) -> None:
 
 
 def same_heads(name: str, k: Tensor, other_name: str, q: Tensor, any_length: bool = False) -> None:
+    if not any_length and _alike(k, q):
+        return
     batch, length, num_heads, head_dim = q.shape
     expected = (batch, None if any_length else length, num_heads, head_dim)
     shape(name, k, expected, f"[B, L, H, D] of {other_name}")
@@ -97,6 +114,8 @@ def same_heads(name: str, k: Tensor, other_name: str, q: Tensor, any_length: boo
 
 
 def head_weight(name: str, weight: Tensor, q: Tensor) -> None:
+    if weight.shape == q.shape[3:] and weight.dtype == q.dtype and weight.device == q.device:
+        return
     shape(name, weight, (q.shape[-1],), "[D]")
     like(name, weight, "q", q)
 

@@ -18,17 +18,25 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
+from .. import _ops
 from . import measured
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order in which they are tried
-NAMED_ONLY = ("cuda-host",)  # the CUDA sources run on a CPU, for tests
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order of an op that has none of its own
+PROVIDERS = ("cudnn", "flash3", "flash")  # of attention: kernels of others, on a GPU
+VARIANTS = {"cuda-wgmma": "cuda"}  # second kernels, chosen where the package shows them faster than
+VARIANT_OPS = ("attention", "attention_lse", "rope_attention")
+NAMED_ONLY = ("cuda-host", "cuda-wgmma-host")  # the CUDA sources run on a CPU, for tests
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of every kernel
 _PACKAGE = Path(__file__).parents[1]
+_KERNELS = f"{__package__.rpartition('.')[0]}.kernels"
 _OBJECTS = {  # backend -> compiled object, library of its ops, device of its tensors
     "cpu": ("_C_cpu", "fluxkern_cpu", "cpu"),
     "cuda": ("_C_cuda", "fluxkern_cuda", "cuda"),
     "cuda-host": ("_C_cuda_host", "fluxkern_cuda_host", "cpu"),
+    "cuda-wgmma": ("_C_cuda", "fluxkern_cuda_wgmma", "cuda"),
+    "cuda-wgmma-host": ("_C_cuda_host", "fluxkern_cuda_wgmma_host", "cpu"),
 }
 
 
@@ -41,7 +49,7 @@ class Backend:
     """One implementation of one op.
 
     Args:
-        name: one of `BACKENDS`.
+        name: one of `BACKENDS`, or of attention's `PROVIDERS` and `VARIANTS`.
         run: called with the op's checked arguments.
         unsupported: called with the same arguments, or with none to ask about the machine alone;
             returns None, or the reason why `run` cannot take them.
@@ -75,20 +83,42 @@ class Choice:
 
 _registry: dict[str, dict[str, Backend | str]] = {}  # op -> backend, or the reason for none
 _allocators: dict[str, Callable] = {}  # op -> its fake, which allocates the outputs
+_orders: dict[str, Callable[..., tuple[str, ...]]] = {}  # op -> its order, where that is its own
+limits: dict[str, Callable] = {}  # compiled backend -> `unsupported` of what its kernels ask for
 
 
 def register(op: str, backend: Backend) -> None:
     """Makes `backend` available for `op`; raises ValueError for an unknown backend name."""
-    _check_name("backend", backend.name)
+    if backend.name not in PROVIDERS:
+        _check_name("backend", backend.name)
     _registry.setdefault(op, {})[backend.name] = backend
 
 
-def _check_name(what: str, name: str) -> None:
-    if name not in BACKENDS and name not in NAMED_ONLY:
-        raise ValueError(f"{what} must be one of {', '.join(BACKENDS)}, got {name!r}")
+def set_order(op: str, order: Callable[..., tuple[str, ...]]) -> None:
+    """`order`, called with the op's arguments or with none, replaces that of `BACKENDS`."""
+    _orders[op] = order
 
 
-LIBRARY = torch.library.Library("fluxkern", "DEF")
+def backends_of(op: str) -> tuple[str, ...]:
+    """Names of the backends that an op may have: its providers, `BACKENDS`, its variants."""
+    return (*(name for name in PROVIDERS if name in _registry[op]), *BACKENDS, *variants(op))
+
+
+def variants(op: str) -> tuple[str, ...]:
+    """Names of the second kernels of an op."""
+    return tuple(VARIANTS) if op in VARIANT_OPS else ()
+
+
+def _check_name(what: str, name: str, known: tuple[str, ...] = BACKENDS) -> None:
+    if name not in (*known, *NAMED_ONLY, *VARIANTS):
+        raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
+
+
+def ours(backend: str | None) -> str | None:
+    """The backend for the ops beside attention, where attention's was named."""
+    if backend in PROVIDERS:
+        return None
+    return {"cuda-wgmma-host": "cuda-host"}.get(backend, VARIANTS.get(backend, backend))
 
 
 def define(schema: str, reference: Callable, fake: Callable) -> Callable:
@@ -103,7 +133,7 @@ def define(schema: str, reference: Callable, fake: Callable) -> Callable:
     Returns:
         The op, to be called with all arguments. It has no gradient of its own.
     """
-    name = schema.partition("(")[0]
+    name, bracket, arguments = schema.partition("(")
 
     def kernel(*args: object) -> object:
         return run(name, args[-1], *args[:-1])
@@ -113,10 +143,11 @@ def define(schema: str, reference: Callable, fake: Callable) -> Callable:
 
     register(name, Backend("reference", contiguous_reference))
     _allocators[name] = fake
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fluxkern::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.fluxkern, name).default
+    qualified = _ops.add_op_namespace_prefix(name)
+    torch_library.define(qualified, bracket + arguments)
+    torch_library.impl(qualified, "default", kernel)
+    torch_library.register_fake(qualified, fake)
+    return getattr(_ops.ops, name).default
 
 
 def _each(function: Callable, out: object) -> object:
@@ -150,6 +181,8 @@ def rows(*gradients: Tensor) -> tuple[Tensor, ...]:
 def _find(op: str, name: str) -> Backend | str:
     """The backend of an op, or the reason why there is none; looked for once."""
     backends = _registry[op]
+    if name in PROVIDERS:
+        return backends.get(name) or _missing(name)
     if name not in backends:
         if op not in _allocators:
             backends[name] = _missing(name)
@@ -198,10 +231,11 @@ def _compiled(op: str, name: str) -> Backend | str:
     if packet is None:
         return _missing(name)
     without_device = _no_cuda() if device == "cuda" else None
+    limit = limits.get(name, _runs_anywhere)
     return Backend(
         name,
         _destination_passing(op, packet.default),
-        lambda *args: without_device or _refusal(device, args),
+        lambda *args: without_device or _refusal(device, args) or limit(*args),
         "the CUDA sources run on a CPU only when named" if name in NAMED_ONLY else None,
         packet.default,
     )
@@ -279,7 +313,7 @@ def _triton(op: str) -> Backend | str:
     if find_spec("triton") is None:
         return "triton is not installed"
     file = op.removesuffix("_backward").removeprefix("joint_").rstrip("_")
-    name = f"{__package__.rpartition('.')[0]}.kernels.{file}"
+    name = f"{_KERNELS}.{file}"
     try:
         module = import_module(name)
     except ModuleNotFoundError as error:
@@ -289,6 +323,7 @@ def _triton(op: str) -> Backend | str:
     launcher = getattr(module, op, None)
     if launcher is None:
         return _missing("triton")
+    import_module(f"{_KERNELS}._tiles").measured = measured.tile
     limits = getattr(module, "unsupported", lambda *_: None)
 
     def unsupported(*args: object) -> str | None:
@@ -304,12 +339,22 @@ def _triton(op: str) -> Backend | str:
     return Backend("triton", run_kernel, unsupported, None, launcher)
 
 
+def tile_candidates(device: torch.device) -> dict[str, tuple[str, ...]]:
+    """Per Triton kernel that has a choice of tiles on a GPU their names, the default first."""
+    tiles = import_module(f"{_KERNELS}._tiles")
+    major, minor = torch.cuda.get_device_capability(device)
+    found = {kernel: tiles.candidates(kernel, 10 * major + minor) for kernel in tiles.TABLE}
+    return {kernel: tuple(map(str, names)) for kernel, names in found.items()}
+
+
 # choosing
 
 
 def _default_backend() -> str | None:
     name = os.environ.get("FLUXKERN_BACKEND") or None
     if name is not None:
+        if name in VARIANTS:  # of some ops alone
+            raise ValueError(f"FLUXKERN_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
         _check_name("FLUXKERN_BACKEND", name)
     return name
 
@@ -321,15 +366,23 @@ def _reason(op: str, name: str, args: tuple, named: bool) -> str | None:
     backend = _find(op, name)
     if isinstance(backend, str):
         return backend
-    return backend.unsupported(*args) or (None if named else backend.only_named)
+    return backend.unsupported(*args) or (None if named else _only_named(op, backend, args))
 
 
-def _order(times: dict[str, float] | None) -> tuple[str, ...]:
+def _only_named(op: str, backend: Backend, args: tuple) -> str | None:
+    beside = VARIANTS.get(backend.name)
+    if beside is None or measured.shown_faster(op, args, backend.name, beside):
+        return backend.only_named
+    return f"no result of this device in the package shows it right and faster than {beside}"
+
+
+def _order(op: str, args: tuple, times: dict[str, float] | None) -> tuple[str, ...]:
     """Those measured, fastest first, then the others as always."""
+    always = _orders[op](*args) if op in _orders else BACKENDS
     if not times:
-        return BACKENDS
-    known = tuple(name for name in times if name in BACKENDS)
-    return known + tuple(name for name in BACKENDS if name not in known)
+        return always
+    known = tuple(name for name in times if name in (*always, *variants(op)))
+    return known + tuple(name for name in always if name not in known)
 
 
 def run(op: str, backend: str | None, *args: object) -> object:
@@ -359,15 +412,34 @@ def run_into(out: Tensor, op: str, *args: object) -> None:
 def _chosen(op: str, backend: str | None, args: tuple) -> Backend:
     named = backend or DEFAULT_BACKEND
     if named is not None:
-        _check_name("backend", named)
-    for name in (named,) if named else _order(measured.order(op, args)):
+        _check_name("backend", named, backends_of(op))
+    for name in (named,) if named else _order(op, args, measured.order(op, args)):
         if _reason(op, name, args, named is not None) is None:
             if name == "reference" and named is None:
                 _say_once_that_nothing_is_compiled()
             return _registry[op][name]
-    listed = BACKENDS if named in (None, *BACKENDS) else (*BACKENDS, named)
+    listed = backends_of(op)
+    listed = listed if named in (None, *listed) else (*listed, named)
     reasons = "; ".join(f"{n}: {_reason(op, n, args, n == named) or 'can run'}" for n in listed)
     raise NotImplementedError(f"{op} cannot run on {named or 'any backend'} ({reasons})")
+
+
+def why_not(op: str, backend: str, *args: object) -> str | None:
+    """Why a call of an op that names a backend would raise.
+
+    Args:
+        op: name of an op of `fluxkern.ops`.
+        backend: the one that is named, as the ops take it.
+        args: the op's arguments in the order of its backends' `run`; without them the answer is
+            about this machine alone.
+
+    Returns:
+        The reason in a few words; None where the call can run.
+
+    Raises:
+        KeyError: no op has that name.
+    """
+    return _reason(op, backend, args, named=True)
 
 
 def explain(op: str | None = None, *args: object) -> list[Choice]:
@@ -388,9 +460,9 @@ def explain(op: str | None = None, *args: object) -> list[Choice]:
         raise ValueError(f"op must be one of {', '.join(sorted(_registry))}, got {op!r}")
     rows = []
     for name in [op] if op else sorted(_registry):
-        reasons = {b: _reason(name, b, args, b == DEFAULT_BACKEND) for b in BACKENDS}
+        reasons = {b: _reason(name, b, args, b == DEFAULT_BACKEND) for b in backends_of(name)}
         times = measured.order(name, args)
-        allowed = [DEFAULT_BACKEND] if DEFAULT_BACKEND in reasons else _order(times)
+        allowed = [DEFAULT_BACKEND] if DEFAULT_BACKEND in reasons else _order(name, args, times)
         chosen = next((backend for backend in allowed if reasons[backend] is None), None)
         rows.append(Choice(name, chosen, reasons, times))
     return rows

@@ -56,7 +56,8 @@ def gelu_tanh(x: Tensor, *, backend: str | None = None) -> Tensor:
     if x.ndim:
         _checks.last_axis_contiguous("x", x)
     if x.ndim not in (1, 2, 3):  # what a kernel takes
-        return gelu_tanh(x.reshape(-1, *x.shape[-2:] or (1,)), backend=backend).view(x.shape)
+        flat = x.flatten(0, -3) if x.ndim else x.reshape(1)
+        return gelu_tanh(flat, backend=backend).view(x.shape)
     if _dispatch.needs_gradient(x):
         return _GeluTanh.apply(x, backend)
     return _forward(x, backend)

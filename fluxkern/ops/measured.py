@@ -2,16 +2,21 @@
 
 `fluxkern tune` writes one JSON file a device:
 
-    {"device": "NVIDIA H200", "order": {"norm_modulate": {"bfloat16": {"24": {"cuda": 15.1, ...}}}}}
+    {"device": "NVIDIA H200", "order": {"norm_modulate": {"bfloat16": {"24": {"cuda": 15.1, ...}}}},
+     "tiles": {"attention": {"bfloat16": {"24": {"128x128 8w 3s tma": 395.2, ...}}}}}
 
 with microseconds, the fastest first; 24 is the size class, the bits of the number of elements of
-the op's first tensor. A user's own file comes before the one of the package.
+the op's first tensor, of q where there is one. Tiles are those of `fluxkern/kernels/_tiles.py`. A
+user's own file comes before the one of the package; that one alone, which is part of the
+repository, lets a second kernel of a backend run unnamed.
 """
 
 import json
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -21,8 +26,10 @@ from torch import Tensor
 PACKAGE = Path(__file__).parents[1] / "measured"
 LIMIT = 2**20  # bytes of a file
 
-Order = dict[str, float]  # backend -> microseconds, fastest first
-Orders = dict[str, dict[str, dict[int, Order]]]  # op -> dtype -> size class -> order
+Order = dict[str, float]  # backend or tile -> microseconds, fastest first
+Orders = dict[str, dict[str, dict[int, Order]]]  # op or kernel -> dtype -> size class -> order
+Tables = dict[str, Orders]  # "order" and "tiles"
+_tried: dict[str, str] = {}  # kernel -> the tile that it has now: it is being measured
 
 
 def user_folder() -> Path:
@@ -49,47 +56,89 @@ def size_class(t: Tensor) -> int:
     return t.numel().bit_length()
 
 
-def read(path: Path) -> Orders:
+def read(path: Path) -> Tables:
     """A table as it was written; ValueError when it is anything else."""
     if path.stat().st_size > LIMIT:
         raise ValueError(f"{path}: larger than {LIMIT} bytes")
     try:
-        orders = json.loads(path.read_text())["order"]
-        return {
-            str(op): {
-                str(dtype): {
-                    int(size): {str(b): float(us) for b, us in order.items()}
-                    for size, order in sizes.items()
-                }
-                for dtype, sizes in dtypes.items()
-            }
-            for op, dtypes in orders.items()
-        }
+        found = json.loads(path.read_text())
+        return {"order": _orders(found["order"]), "tiles": _orders(found.get("tiles", {}))}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a table of `fluxkern tune` ({error})") from None
 
 
+def _orders(found: dict) -> Orders:
+    return {
+        str(op): {
+            str(dtype): {
+                int(size): {str(name): float(us) for name, us in order.items()}
+                for size, order in sizes.items()
+            }
+            for dtype, sizes in dtypes.items()
+        }
+        for op, dtypes in found.items()
+    }
+
+
 @cache
-def _of_device(type: str, index: int | None) -> Orders:
+def _of_device(type: str, index: int | None, package_alone: bool) -> Tables:
+    """Of the first folder with a file of this device; looked for once: ops ask at every call."""
     name = file_name(device_name(torch.device(type, index)))
-    for folder in (user_folder(), PACKAGE):
+    for folder in (PACKAGE,) if package_alone else (user_folder(), PACKAGE):
         if (folder / name).is_file():
             return read(folder / name)
     return {}
 
 
-def order(op: str, args: tuple) -> Order | None:
-    """What was measured nearest to these arguments, if anything was."""
-    first = args[0] if args else None
-    if not isinstance(first, Tensor):
+def _nearest(table: str, name: str, t: object, package_alone: bool = False) -> Order | None:
+    """What was measured nearest in size to t, if anything was."""
+    if not isinstance(t, Tensor):
         return None
-    device = first.device
-    measured = _of_device(device.type, device.index).get(op)
-    sizes = measured and measured.get(str(first.dtype).removeprefix("torch."))
+    device = t.device
+    tables = _of_device(device.type, device.index, package_alone)
+    if not tables:
+        return None
+    sizes = tables.get(table, {}).get(name, {}).get(str(t.dtype).removeprefix("torch."))
     if not sizes:
         return None
-    here = size_class(first)
+    here = size_class(t)
     return sizes[min(sizes, key=lambda size: abs(size - here))]
+
+
+def _first(args: tuple) -> object:
+    return args[0] if args else None
+
+
+def order(op: str, args: tuple) -> Order | None:
+    """What was measured nearest to these arguments, if anything was."""
+    return _nearest("order", op, _first(args))
+
+
+def tile(kernel: str, q: Tensor) -> str | None:
+    """The name of the fastest tile nearest to this size, if any was measured."""
+    if kernel in _tried:
+        return _tried[kernel]
+    if q.device.type == "meta":
+        return None
+    found = _nearest("tiles", kernel, q)
+    return next(iter(found), None) if found else None
+
+
+@contextmanager
+def trying(kernel: str, name: str) -> Iterator[None]:
+    """Inside, the kernel has this tile."""
+    _tried[kernel] = name
+    try:
+        yield
+    finally:
+        del _tried[kernel]
+
+
+def shown_faster(op: str, args: tuple, name: str, than: str) -> bool:
+    """Whether the package's file of this device has both, and `name` as the faster: `tune` holds a
+    backend to fp64 before it measures it, so what is there was right."""
+    times = _nearest("order", op, _first(args), package_alone=True) or {}
+    return name in times and than in times and times[name] < times[than]
 
 
 def forget() -> None:

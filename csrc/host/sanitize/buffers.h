@@ -3,7 +3,7 @@
 //
 //   g++ -std=c++20 -O1 -g -fsanitize=address,undefined (or thread) -Wno-unknown-pragmas
 //       -DFLUXKERN_HOST -Icsrc/host -isystem $CUDA_HOME/include -x c++
-//       csrc/host/sanitize/<op>.cpp csrc/cuda/<op>.cu csrc/host/device.cpp
+//       csrc/host/sanitize/<op>.cpp csrc/cuda/<op>.cu csrc/host/*.cpp
 //
 // The program ends with 0 when every launch came back, every output is written, and blocks and
 // threads from the last to the first give the same bits.
@@ -18,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "../../cuda/kernels.h"
@@ -35,6 +36,7 @@ struct Memory {
     size_t size;
     DType dtype;
     bool written;  // by the kernel
+    bool fp8 = false;
 };
 
 class Buffers {
@@ -48,6 +50,11 @@ public:
         blocks_.push_back({std::make_unique<unsigned char[]>(size), size, type, !filled});
         for (int64_t i = 0; i < count + offset; ++i) put(blocks_.back(), i, filled);
         return blocks_.back().bytes.get() + offset * size_of(type);
+    }
+    uint8_t* take_fp8(int64_t count) {  // an output
+        auto bytes = std::make_unique<unsigned char[]>(count);
+        blocks_.push_back({std::move(bytes), size_t(count), {}, true, true});
+        return blocks_.back().bytes.get();
     }
     void poison_outputs() {
         for (Memory& block : blocks_) {
@@ -64,7 +71,7 @@ public:
     bool all_written() const {
         bool all = true;
         for (const Memory& block : blocks_) {
-            const int64_t count = int64_t(block.size) / size_of(block.dtype);
+            const int64_t count = int64_t(block.size) / (block.fp8 ? 1 : size_of(block.dtype));
             for (int64_t i = 0; block.written && i < count; ++i) all &= !is_nan(block, i);
         }
         return all;
@@ -82,6 +89,7 @@ private:
         std::memcpy(&block.bytes[i * size], from, size);
     }
     static bool is_nan(const Memory& block, int64_t i) {
+        if (block.fp8) return (block.bytes[i] & 0x7f) == 0x7f;
         uint32_t bits = 0;
         const int size = size_of(block.dtype);
         std::memcpy(&bits, &block.bytes[i * size], size);
@@ -109,6 +117,10 @@ inline Tokens tokens(Buffers& buffers, const Shape& s, bool filled = true) {
     const int64_t l = filled ? s.C + s.spare : s.C, b = l * s.L;
     const int64_t count = s.B && s.L ? (s.B - 1) * b + (s.L - 1) * l + s.C : 0;
     return {buffers.take(count, filled, filled ? s.offset : 0), b, l};
+}
+
+inline Tokens fp8_tokens(Buffers& buffers, const Shape& s) {
+    return {buffers.take_fp8(s.B * s.L * s.C), s.L * s.C, s.C};
 }
 
 inline Rows rows(Buffers& buffers, const Shape& s, bool filled = true) {
