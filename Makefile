@@ -38,18 +38,20 @@ test: build build-host
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-build: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m build tests/test_build.py tests/test_cuda_budgets.py
+	$(BIN)/python -m pytest -q -m build tests/test_build.py tests/test_cuda_budgets.py \
+		tests/test_budgets.py tests/test_using_the_kernels.py
 
 sanitize: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m sanitize tests/test_sanitizers.py
+	$(BIN)/python -m pytest -q -m sanitize tests/test_sanitizers.py tests/test_cuda_attention.py tests/test_cuda_wgmma.py
 
-# all suites into benchmarks/results/<machine>; SUITE=ops, blocks or pipeline takes one
+# all suites into benchmarks/results/<machine>; SUITE="ops blocks" takes some
 bench: build
 	$(BIN)/fluxkern bench $(if $(SUITE),--suite $(SUITE))
 
 # needs no virtual environment: python3 with torch, on a machine with a GPU
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(if $(BUDGET),--budget $(BUDGET))
+	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(if $(BUDGET),--budget $(BUDGET)) \
+	  $(if $(SITE),--site $(SITE))
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

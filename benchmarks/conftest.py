@@ -1,5 +1,6 @@
 """pytest-benchmark over the cases: `pytest benchmarks --benchmark-json FILE`, -compare, -autosave.
 
+All shapes are measured that fit the machine, or those of --shape; -k picks ops and providers.
 Providers of one comparison are timed in turn by `fluxkern.bench`; pytest-benchmark is then given
 those samples, one after the other, so that its statistics and comparisons are of interleaved runs.
 """
@@ -13,13 +14,15 @@ import torch
 from fluxkern import bench
 from fluxkern.cases import SHAPES
 
-GPU = torch.cuda.is_available()
+from .runs import default_device
+
+ON_A_CPU = ("flux-512", "compact")  # others take minutes a call
+OF_THE_RUN = ("time", "load", "clock", "commit", "dirty", "source")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fluxkern")
-    shape = "flux-1024" if GPU else "flux-512"
-    group.addoption("--shape", choices=SHAPES, default=shape, help=f"of the inputs; {shape}")
+    group.addoption("--shape", action="append", choices=SHAPES, help="again for more; all")
     group.addoption("--threads", type=int, help="of torch; as many as there are cores")
 
 
@@ -29,53 +32,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"shape {config.option.shape}, threads {torch.get_num_threads()}"
+    return f"threads {torch.get_num_threads()}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What is measured at a shape is measured at each."""
+    if "shape" not in metafunc.fixturenames:
+        return
+    asked = metafunc.config.option.shape
+    too_large = () if default_device() == "cuda" or asked else set(SHAPES) - {*ON_A_CPU}
+    skip = pytest.mark.skip(reason="takes a GPU, or --shape with its name")
+    shapes = [pytest.param(s, marks=[skip] * (s in too_large)) for s in asked or SHAPES]
+    metafunc.parametrize("shape", shapes, scope="module")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info["fluxkern"] = {  # two runs are compared without a warning if this is the same
-        name: value
-        for name, value in bench.machine().items()
-        if name not in ("time", "load", "commit", "source")
+        name: value for name, value in bench.machine().items() if name not in OF_THE_RUN
     }
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
-    commit_info["source"] = bench.source_hash()
-
-
-@pytest.fixture
-def shape(request: pytest.FixtureRequest) -> str:
-    return request.config.option.shape
-
-
-@pytest.fixture(scope="session")
-def compared() -> dict[tuple, bench.Comparison | bench.WrongResult]:
-    return {}
-
-
-@pytest.fixture
-def comparison(compared: dict, request: pytest.FixtureRequest) -> Callable:
-    """Measures a comparison when it is first asked for; a refusal fails all of its benchmarks.
-
-    What measures it takes its key and the rounds, of which there are `rounds` at least.
-    """
-    option = request.config.option
-
-    def find(measure: Callable, key: tuple, rounds: int) -> bench.Comparison:
-        rounds = 0 if option.benchmark_disable else max(rounds, option.benchmark_min_rounds)
-        if (measure, *key) not in compared:
-            try:
-                found = measure(*key, rounds=rounds)
-            except bench.WrongResult as refusal:
-                found = refusal
-            compared[measure, *key] = found
-        found = compared[measure, *key]
-        if isinstance(found, bench.WrongResult):
-            pytest.fail(str(found))
-        return found
-
-    return find
+    commit_info |= {name: bench.machine()[name] for name in OF_THE_RUN if name != "time"}
 
 
 def clock(samples: list[float]) -> Callable[[], float]:
@@ -87,16 +65,41 @@ def clock(samples: list[float]) -> Callable[[], float]:
     return iter(ticks).__next__
 
 
-@pytest.fixture
-def replayed(benchmark: Any) -> Callable:
-    """Hands the samples of a provider to pytest-benchmark."""
+@pytest.fixture(scope="session")
+def compared() -> dict[str, bench.Comparison | bench.WrongResult]:
+    return {}
 
-    def replay(found: bench.Comparison, provider: str, group: str) -> None:
-        if provider in found.skipped:
-            pytest.skip(f"{provider}: {found.skipped[provider]}")
-        benchmark.group = group
-        row = found.row(provider)
-        if row is None:  # --benchmark-disable: it was verified, not timed
+
+@pytest.fixture
+def compare(compared: dict, benchmark: Any, request: pytest.FixtureRequest) -> Callable:
+    """Hands the samples of one provider to pytest-benchmark.
+
+    Its comparison is measured when it is first asked for; a refusal fails all of its benchmarks.
+    """
+    option = request.config.option
+
+    def find(group: str, measure: Callable[..., bench.Comparison], rounds: int) -> bench.Comparison:
+        if group not in compared:
+            rounds = 0 if option.benchmark_disable else max(rounds, option.benchmark_min_rounds)
+            try:
+                compared[group] = measure(rounds=rounds)
+            except bench.WrongResult as refusal:
+                compared[group] = refusal
+        if isinstance(compared[group], bench.WrongResult):
+            pytest.fail(str(compared[group]))
+        return compared[group]
+
+    def replay(
+        group: str,
+        provider: str,
+        measure: Callable[..., bench.Comparison],
+        rounds: int = bench.MIN_ROUNDS,
+    ) -> None:
+        found, benchmark.group = find(group, measure, rounds), group
+        row, left_out = found.row(provider), found.skipped | found.failed
+        if row is None and (provider in left_out or not option.benchmark_disable):
+            pytest.skip(f"{provider}: {left_out.get(provider, 'is no part of this comparison')}")
+        if row is None:  # it was verified, not timed
             benchmark(lambda: None)
             return
         benchmark.extra_info.update(row.as_dict())

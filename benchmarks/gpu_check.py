@@ -9,6 +9,7 @@ there is no GPU.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ except ModuleNotFoundError as missing:
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_GPU = 3
-LINES = 60  # of the final table, which has fewer
+LINES = 100  # of the final table, which has fewer
 PASSED, FAILED, SKIPPED, RUNNING = "passed", "failed", "skipped", "cut off"
 PROMPT = "a red circle on a blue background"
 FUSED = "joint_gated_residual_norm_modulate"
+WGMMA = "cuda-wgmma"  # the attention of compute capability 9.0; `ops` measures it where it runs
 SANITIZER_ERROR = 86  # exit status of compute-sanitizer that found something
 
 
@@ -150,10 +152,16 @@ def build(part: Part) -> tuple[str, dict[str, Any]]:
     return (PASSED, result) if status == 0 else (FAILED, result | {"said": tail(said)})
 
 
+def has_wgmma(part: Part) -> bool:
+    return not part.dry_run and part.machine["gpu"]["capability"] == "9.0"
+
+
 def chosen_tests(backend: str, dry_run: bool) -> str:
-    """For pytest's -k: the ids read [op-backend-...]."""
+    """For pytest's -k: the ids read [op-backend-...], those of test_cuda_wgmma.py [backend-...]."""
     if dry_run:
         return f"is_accurate and {FUSED}-{backend}-fp32"
+    if backend == WGMMA:
+        return f"{WGMMA} and not {WGMMA}-host"
     return f"-{backend}" + (" and not -cuda-host" if backend == "cuda" else "")
 
 
@@ -175,13 +183,15 @@ def verdict(found: dict[str, Any], status: int | None) -> str:
 
 
 def contract(part: Part) -> tuple[str, dict[str, Any]]:
-    """tests/test_contract.py for one backend after the other."""
+    """tests/test_contract.py for one backend after the other; on Hopper its attention's own."""
     backends = ("cpu", "reference") if part.dry_run else ("cuda", "triton", "reference", "cpu")
+    backends = ((WGMMA,) if has_wgmma(part) else ()) + backends
     result: dict[str, Any] = {}
     for backend in backends:
         file = part.out / f".{part.file.stem}-{backend}.jsonl"
         file.unlink(missing_ok=True)
-        command = python("-m", "pytest", "tests/test_contract.py", "-q", "--tb=short")
+        tests = "tests/test_cuda_wgmma.py" if backend == WGMMA else "tests/test_contract.py"
+        command = python("-m", "pytest", tests, "-q", "--tb=short")
         command += ["-p", "no:cacheprovider", "-p", "benchmarks.outcomes", "--outcomes", str(file)]
         command += ["-k", chosen_tests(backend, part.dry_run)]
 
@@ -197,17 +207,45 @@ def contract(part: Part) -> tuple[str, dict[str, Any]]:
     return worst([found["status"] for found in result.values()]), {"backends": result}
 
 
+GPU_TESTS = ("test_providers.py", "test_step_graph.py", "test_triton.py")
+
+
+def model(part: Part) -> tuple[str, dict[str, Any]]:
+    """Attention by others, CUDA graphs of a step, and what else has tests of its own on a GPU."""
+    file = part.out / f".{part.file.stem}.jsonl"
+    file.unlink(missing_ok=True)
+    command = python("-m", "pytest", *(f"tests/{name}" for name in GPU_TESTS), "-q", "--tb=short")
+    command += ["-p", "no:cacheprovider", "-p", "benchmarks.outcomes", "--outcomes", str(file)]
+    command += ["-k", "replayed_steps or flash3_is_called"] * part.dry_run
+    status, said = part.run(command, meanwhile=lambda: part.save(RUNNING, outcomes(file)))
+    found = outcomes(file)
+    file.unlink(missing_ok=True)
+    result = found | ending(part, status)
+    ended = verdict(found, status)
+    return ended, result if ended != FAILED else result | {"said": tail(said)}
+
+
 def worst(statuses: list[str]) -> str:
     return next(status for status in (FAILED, PASSED, SKIPPED) if status in statuses)
 
 
-def sanitized(part: Part, tool: str, sanitizer: str | None) -> dict[str, Any]:
-    """One tool of compute-sanitizer over every op forward and backward at an odd size."""
+def odd_ops(part: Part) -> list[str]:
+    """Every op forward and backward at an odd size."""
     workload = python("-m", "benchmarks.ops", "--rounds", "0", "--shape", "odd", "--threads", "1")
     workload += ["--dtype", "bf16", "--device", "cpu" if part.dry_run else "cuda"]
-    workload += (
+    return workload + (
         ["--only", "cuda", "triton"] if not part.dry_run else ["--only", "cpu", "--op", FUSED]
     )
+
+
+def odd_wgmma() -> list[str]:
+    """The attention of Hopper at odd lengths."""
+    chosen = f"any_length and {chosen_tests(WGMMA, False)}"
+    return python("-m", "pytest", "-q", "tests/test_cuda_wgmma.py", "-k", chosen)
+
+
+def sanitized(part: Part, tool: str, sanitizer: str | None, workload: list[str]) -> dict[str, Any]:
+    """What one tool of compute-sanitizer says of a program."""
     wrapped = [sanitizer, "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a tensor ends where its memory does
     status, said = part.run([*wrapped, *workload] if sanitizer else workload, environment)
@@ -224,33 +262,73 @@ def sanitizer(part: Part) -> tuple[str, dict[str, Any]]:
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
     if part.dry_run:
-        return (found := sanitized(part, "none", None))["status"], {"tools": {"none": found}}
+        found = sanitized(part, "none", None, odd_ops(part))
+        return found["status"], {"tools": {"none": found}}
     if tool is None:
         return SKIPPED, {"said": ["compute-sanitizer is not installed"]}
     tools: dict[str, Any] = {}
+    workloads = {"": odd_ops(part)} | ({f" of {WGMMA}": odd_wgmma()} if has_wgmma(part) else {})
     for name in ("memcheck", "racecheck"):
-        tools[name] = sanitized(part, name, tool)
-        part.save(RUNNING, {"tools": tools})
+        for of, workload in workloads.items():
+            tools[name + of] = sanitized(part, name, tool, workload)
+            part.save(RUNNING, {"tools": tools})
     return worst([found["status"] for found in tools.values()]), {"tools": tools}
 
 
-def ops(part: Part) -> tuple[str, dict[str, Any]]:
-    """Every op against eager, torch.compile and copies of as many bytes, the norm family first."""
+def suite(
+    part: Part, module: str, real: list[str], dry: list[str], needs: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """A suite of benchmarks in a process of its own; what it has measured is kept as it grows."""
+    if needs and importlib.util.find_spec(needs) is None:
+        return SKIPPED, {"said": [f"{needs} is not installed; --site names a folder that holds it"]}
     file = part.out / f".{part.file.stem}.part"
-    command = python("-m", "benchmarks.ops", "--json", str(file))
-    if part.dry_run:
-        command += ["--device", "cpu", "--shape", "compact", "--rounds", "3", "--threads", "1"]
-        command += ["--op", FUSED, "--dtype", "fp32", "--direction", "forward"]
-    else:
-        command += ["--device", "cuda", "--shape", "flux-1024", "--dtype", "bf16", "fp32"]
+    command = python("-m", f"benchmarks.{module}", "--json", str(file))
+    command += dry if part.dry_run else real
 
     def measured() -> dict[str, Any]:
-        return {"ops": json.loads(file.read_text()) if file.exists() else None}
+        return {"suite": json.loads(file.read_text()) if file.exists() else None}
 
     status, said = part.run(command, meanwhile=lambda: part.save(RUNNING, measured()))
     result = measured() | ending(part, status)
     file.unlink(missing_ok=True)
     return (PASSED, result) if status == 0 else (FAILED, result | {"said": tail(said)})
+
+
+DRY = ["--threads", "1", "--rounds", "3", "--device", "cpu"]
+
+
+def ops(part: Part) -> tuple[str, dict[str, Any]]:
+    """Every op against eager, torch.compile and copies of as many bytes, the norm family first."""
+    real = ["--device", "cuda", "--shape", "flux-1024", "--dtype", "bf16", "fp32"]
+    dry = [*DRY, "--shape", "compact", "--op", FUSED]
+    return suite(part, "ops", real, [*dry, "--dtype", "fp32", "--direction", "forward"])
+
+
+def blocks(part: Part) -> tuple[str, dict[str, Any]]:
+    """A block of each kind against diffusers, eager and compiled."""
+    real = ["--device", "cuda", "--shape", "flux-1024", "--dtype", "bf16"]
+    dry = [*DRY, "--shape", "compact", "--block", "single", "--dtype", "fp32"]
+    return suite(part, "blocks", real, [*dry, "--only", "diffusers", "fluxkern"], "diffusers")
+
+
+def step(part: Part) -> tuple[str, dict[str, Any]]:
+    """All 57 blocks of FLUX.1-dev with random weights, with their peak of memory."""
+    real = ["--device", "cuda", "--config", "dev", "--size", "1024", "--dtype", "bf16"]
+    dry = [*DRY, "--size", "128", "--dtype", "fp32", "--only", "eager", "fluxkern"]
+    return suite(part, "step", real, dry)
+
+
+def schnell(part: Part) -> tuple[str, dict[str, Any]]:
+    """Four steps of FLUX.1-schnell's size and the autoencoder, with their peak of memory."""
+    picture = ["--whole", "picture", "--only", "eager", "fluxkern"]
+    real = ["--device", "cuda", "--config", "schnell", "--size", "1024", "--dtype", "bf16"]
+    dry = [*DRY, "--size", "64", "--dtype", "fp32"]
+    return suite(part, "step", real + picture, dry + picture)
+
+
+def scaling(part: Part) -> tuple[str, dict[str, Any]]:
+    """Time and memory against tokens, batch and steps."""
+    return suite(part, "scaling", ["--device", "cuda"], [*DRY, "--tokens", "64", "128"])
 
 
 def draw(part: Part, file: Path, backend: str | None) -> tuple[int | None, str]:
@@ -293,8 +371,13 @@ def picture(part: Part) -> tuple[str, dict[str, Any]]:
 PARTS: dict[str, tuple[Callable[[Part], tuple[str, dict[str, Any]]], int]] = {
     "build": (build, 20),  # share of the time that is left, against those of the parts after it
     "contract": (contract, 35),
+    "model": (model, 8),
     "sanitizer": (sanitizer, 15),
     "ops": (ops, 35),
+    "blocks": (blocks, 20),
+    "step": (step, 25),
+    "schnell": (schnell, 20),
+    "scaling": (scaling, 25),
     "picture": (picture, 10),
 }
 
@@ -354,9 +437,18 @@ def why_not(found: dict[str, Any]) -> str:
         return DETAILS["contract"](found)
     if "tools" in found:
         return DETAILS["sanitizer"](found)
-    if found["part"] == "ops" and found.get("ops"):
-        return DETAILS["ops"](found)
+    if found.get("suite"):
+        return suite_detail(found)
     return " / ".join(found.get("said", [])[-1:])
+
+
+def suite_detail(found: dict[str, Any]) -> str:
+    measured = found["suite"]
+    said = f"{len(measured['verified'])} comparisons, {len(measured['refused'])} refused"
+    absent = [name for name, version in measured["peers"].items() if version is None]
+    powers = measured.get("exponents", {}).get("tokens", {})
+    grown = ", ".join(f"{kind} ^ {power:.2f}" for kind, power in powers.items())
+    return "; ".join(filter(None, (said, grown, f"absent: {', '.join(absent)}")))
 
 
 DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -368,8 +460,9 @@ DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sanitizer": lambda found: "; ".join(
         f"{name}: {tool['summary'] or tool['status']}" for name, tool in found["tools"].items()
     ),
-    "ops": lambda found: (
-        f"{len(found['ops']['verified'])} comparisons, {len(found['ops']['refused'])} refused"
+    **dict.fromkeys(("ops", "blocks", "step", "schnell", "scaling"), suite_detail),
+    "model": lambda found: (
+        f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped"
     ),
     "picture": lambda found: (
         f"{found['judge']}, {found['levels_from_reference']} levels from the reference's"
@@ -377,29 +470,128 @@ DETAILS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+# the figures that were promised
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One promise about an H200, and what was measured here."""
+
+    name: str
+    value: float
+    bound: float
+    most: bool = False  # the bound is an upper one
+
+    def __str__(self) -> str:
+        kept = self.value <= self.bound if self.most else self.value >= self.bound
+        word = "at most" if self.most else "at least"
+        return f"{'yes' if kept else 'NO':3} {self.name}: {self.value:.4g}, {word} {self.bound:g}"
+
+
+OURS = ("cuda", "cuda-wgmma", "triton")
+OTHERS = ("cudnn", "flash3", "flash")
+MEMORY_BOUND = (FUSED, "norm_modulate", "qk_norm_rope_")
+
+
+def fastest(rows: list[dict[str, Any]], op: str, way: str, *names: str) -> dict | None:
+    """The row of the fastest of these providers in bf16."""
+    asked = [r for r in rows if (r["op"], r["direction"], r["dtype"]) == (op, way, "bf16")]
+    found = [row for row in asked if row["provider"] in names]
+    return min(found, key=lambda row: row["median"], default=None)
+
+
+def op_figures(rows: list[dict[str, Any]]) -> Iterator[Figure]:
+    for op in MEMORY_BOUND:
+        if ours := fastest(rows, op, "forward", *OURS):
+            yield Figure(f"{op}, share of the copy", ours["share"], 0.9)
+            if gain := ours["times"].get("compile"):
+                yield Figure(f"{op}, times Inductor's", gain, 1.1)
+        if ours := fastest(rows, op, "backward", *OURS):
+            yield Figure(f"{op} backward, share of the copy", ours["share"], 0.8)
+    ours = fastest(rows, "attention", "forward", *OURS)
+    best = fastest(rows, "attention", "forward", "cudnn", "flash3")
+    if ours and best:
+        ratio = best["median"] / ours["median"]
+        yield Figure(f"own attention over {best['provider']}", ratio, 0.7)
+    best = fastest(rows, "attention", "forward", *OTHERS, *OURS)
+    whole = fastest(rows, "rope_attention", "forward", *OTHERS, *OURS)
+    if best and whole:
+        name = f"norm + RoPE + attention ({whole['provider']}) over {best['provider']} alone"
+        yield Figure(name, best["median"] / whole["median"], 0.92)
+
+
+def step_figures(rows: list[dict[str, Any]]) -> Iterator[Figure]:
+    for row in rows:
+        if row["provider"] == "fluxkern":
+            yield Figure("57-block step, ms", row["median"] * 1e3, 118, most=True)
+            for baseline, gain in row["times"].items():
+                if "compile" in baseline:
+                    yield Figure(f"57-block step, times {baseline}", gain, 1.05)
+
+
+FIGURES = {"ops": op_figures, "step": step_figures}
+
+
+def figures(found: dict[str, Any]) -> list[str]:
+    """Of a part what was promised of it; of what was not measured none."""
+    promised = FIGURES.get(found["part"], lambda rows: ())
+    return [str(figure) for figure in promised(found["suite"]["rows"])]
+
+
 def op_lines(rows: list[dict[str, Any]]) -> list[str]:
     """One line for an op, dtype and backend: microseconds, share of the copy, times faster."""
     ours: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        if row["provider"] not in ("copy", *bench.BASELINES):
+        if row["provider"] != "copy" and row["provider"] not in bench.BASELINES:
             key = (row["op"], row["dtype"], row["provider"])
             ours.setdefault(key, {})[row["direction"]] = row
     columns = f"{'us':>7} {'copy':>5} {'eager':>6} {'compile':>7}"
     blocks = "".join(f" | {direction:8} {columns}" for direction in ("forward", "backward"))
-    lines = [f"{'op':35} {'dtype':5} {'by':6}{blocks}"]
+    lines = [f"{'op':35} {'dtype':5} {'by':10}{blocks}"]
     for (op, dtype, backend), found in ours.items():
         blocks = "".join(
             f" | {'':8} {block(found.get(direction))}" for direction in ("forward", "backward")
         )
-        lines.append(f"{op:35} {dtype:5} {backend:6}{blocks}")
+        lines.append(f"{op:35} {dtype:5} {backend:10}{blocks}")
     return lines
+
+
+def whole_lines(found: dict[str, Any]) -> Iterator[str]:
+    """One line a provider: milliseconds, times faster than each baseline, error, peak."""
+    measured = found["suite"]
+    peaks = {}
+    for step in measured.get("kinds", []):
+        peaks |= {(step["size"], step["dtype"], p): b for p, b in step["peak"].items()}
+    for row in measured["rows"]:
+        times = ", ".join(f"{x:.2f} x {name}" for name, x in row["times"].items())
+        size = row["size"].partition(" tokens")[0]
+        about = f"{row['what']}, {size}, {row['dtype']}"
+        peak = next((b for (s, d, p), b in peaks.items() if is_of(row, s, d, p)), row.get("peak"))
+        memory = f" peak {peak / 1e9:.3f} GB" if peak else ""
+        said = f"{row['median'] * 1e3:9.2f} ms {row['error']:7.1g} {times}{memory}"
+        yield f"{about:44.44} {row['provider']:20} {said}"
+
+
+def is_of(row: dict[str, Any], size: str, dtype: str, provider: str) -> bool:
+    return row["size"].startswith(size) and (row["dtype"], row["provider"]) == (dtype, provider)
 
 
 def block(row: dict[str, Any] | None) -> str:
     if row is None:
         return " " * 28
     gains = (f"{row['times'][b]:.2f}" if b in row["times"] else "-" for b in bench.BASELINES)
-    return "{:7.1f} {:5.0%} {:>6} {:>7}".format(row["median"] * 1e6, row["share"], *gains)
+    share = "-" if row["share"] is None else f"{row['share']:.0%}"
+    return "{:7.1f} {:>5} {:>6} {:>7}".format(row["median"] * 1e6, share, *gains)
+
+
+def suite_lines(found: dict[str, Any]) -> list[str]:
+    measured = found["suite"]
+    lines = [f"REFUSED {why}" for why in measured["refused"]]
+    if found["part"] != "ops":
+        return lines + list(whole_lines(found))
+    ceilings = measured.get("ceilings", {}).items()
+    lines.append(", ".join(f"{name} {value:.4g}" for name, value in ceilings))
+    return lines + op_lines(measured["rows"])
 
 
 def final_table(results: list[dict[str, Any]], dry_run: bool) -> str:
@@ -408,12 +600,13 @@ def final_table(results: list[dict[str, Any]], dry_run: bool) -> str:
     lines = [f"{'DRY RUN, NO GPU: ' * dry_run}{where}, torch {machine['versions']['torch']}, "]
     lines[0] += f"commit {machine['commit']}, source {machine['source']}"
     lines += [line_of(found) for found in results]
-    measured = next((found.get("ops") for found in results if found["part"] == "ops"), None)
-    if measured:
-        lines.append(", ".join(f"{n} {v:.4g}" for n, v in measured.get("ceilings", {}).items()))
-        lines += op_lines(measured["rows"]) + [f"REFUSED {why}" for why in measured["refused"]]
+    measured = [found for found in results if found.get("suite")]
+    for found in measured * (not dry_run):
+        lines += figures(found)
+    for found in measured:
+        lines += suite_lines(found)
     if len(lines) >= LINES:
-        lines[LINES - 2 :] = [f"and {len(lines) - LINES + 2} lines more, see ops.json"]
+        lines[LINES - 2 :] = [f"and {len(lines) - LINES + 2} lines more, see the parts' files"]
     return "\n".join(lines)
 
 
@@ -421,15 +614,28 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu_check", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/gpu-check"), metavar="DIR", help="%(default)s")
-    add("--budget", type=float, default=540, metavar="SECONDS", help="for all parts, 540")
+    add("--budget", type=float, default=1740, metavar="SECONDS", help="for all parts, 1740")
     add("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     add("--resume", action="store_true", help="leave parts that have passed before")
+    add(
+        "--site", type=Path, nargs="+", default=[], metavar="DIR", help="unpacked wheels: diffusers"
+    )
     add("--dry-run", action="store_true", help="the CPU in place of the GPU, small sizes")
     return parser.parse_args(argv)
 
 
+def add_sites(folders: list[Path]) -> None:
+    """Packages of these folders are found here and in the processes of the parts."""
+    found = [str(folder.resolve()) for folder in folders]
+    sys.path += found
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*([before] if before else []), *found])
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parsed(argv)
+    if args.site:
+        add_sites(args.site)
     if not args.dry_run and bench.gpu() is None:
         print("no GPU: torch finds no CUDA device here; --dry-run goes through it with the CPU")
         return NO_GPU

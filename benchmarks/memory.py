@@ -17,8 +17,8 @@ from torch import nn
 from fluxkern import bench
 from fluxkern.cases import SHAPES, Sizes
 
-from .blocks import Inputs, draw, models, our_block, their_block
-from .whole import OURS
+from .blocks import Inputs, models, our_block, their_block
+from .whole import OURS, draw
 
 
 def status(name: str) -> int:

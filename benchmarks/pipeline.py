@@ -97,7 +97,7 @@ class Pipelines:
         providers = {
             BASELINE: Provider(eager, LIMIT, torch_parts),
             COMPILED: Provider(self.call(self.compiled(), what), LIMIT),
-            OURS: Provider(self.call(self.ours, what), LIMIT, our_parts),
+            OURS: Provider(self.call(self.ours, what), LIMIT, our_parts, ours=True),
         }
         truth = Truth(results, (start,))
         return whole.measure(what, self.size, "fp32", providers, truth, rounds, only)
@@ -119,7 +119,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parsed(argv)
-    report = Report("pipeline", args, prompt=PROMPT)
+    report = Report("pipeline", args, len(WHOLES), prompt=PROMPT)
     pipelines = Pipelines(args.steps)
     for what in WHOLES:
         report.add(what, lambda what=what: pipelines.measure(what, args.rounds), whole.table)

@@ -18,7 +18,7 @@ from .report import Results
 
 EAGER, COMPILED, OURS, KERNEL = "#9aa5b1", "#e0a030", "#1f6fb4", "#8fc1e3"
 COLOURS = {"diffusers": EAGER, "diffusers compiled": COMPILED, "fluxkern": OURS}
-COLOURS["fluxkern int8"] = KERNEL
+COLOURS |= {"fluxkern int8": KERNEL, "eager": "#6b7785", "diffusers torchao int8": "#c98bb9"}
 KINDS = {"linears": "#1f6fb4", "attention": "#e0a030", "rest": "#c8ccd1"}
 STYLE = {
     "font.size": 9,
@@ -56,11 +56,13 @@ def labelled(axes: Axes, names: list[str]) -> None:
 
 
 def groups(suites: Results) -> dict[str, list[dict[str, Any]]]:
-    """Label -> the rows of one comparison."""
+    """Label -> the rows of one comparison that diffusers is part of."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for suite in ("blocks", "pipeline"):
+    for suite in report.WHOLE_SUITES:
         for row in suites.get(suite, {}).get("rows", []):
-            found.setdefault(f"{row['what']}\n{row['dtype']}", []).append(row)
+            label = f"{row['what']}, {row['size'].partition(' tokens')[0]}\n{row['dtype']}"
+            if "diffusers" in row["times"]:
+                found.setdefault(label, []).append(row)
     return found
 
 
@@ -74,7 +76,8 @@ def speeds(axes: Axes, found: dict[str, list[dict[str, Any]]]) -> None:
             axes.barh(y, x, 0.9 * height, color=COLOURS[row["provider"]])
             ink = "white" if row["provider"] == "fluxkern" else "black"
             axes.text(x, y, f"{x:.2f} ", ha="right", va="center", fontsize=8, color=ink)
-        bound = rows[0]["of_bound"] and 1 / rows[0]["of_bound"]
+        theirs = next(row for row in rows if row["provider"] == "diffusers")
+        bound = theirs["of_bound"] and 1 / theirs["of_bound"]
         if bound:
             axes.plot([bound, bound], [i - 0.45, i + 0.45], color="#c0392b", lw=1.6)
     axes.axvline(1, color="#556", lw=1)
@@ -94,11 +97,12 @@ def shares(axes: Axes, found: dict[str, list[dict[str, Any]]]) -> None:
     """Time by kind in terms of diffusers' whole, theirs above ours."""
     for i, rows in enumerate(found.values()):
         apart = [row for row in rows if row["parts"]]
+        height = min(0.4, 0.9 / len(apart))
         for j, row in enumerate(apart):
-            y, left = i + (j - (len(apart) - 1) / 2) * 0.4, 0.0
+            y, left = i + (j - (len(apart) - 1) / 2) * height, 0.0
             for kind, colour in KINDS.items():
                 width = row["parts"][kind] / row["times"]["diffusers"]
-                axes.barh(y, width, 0.34, left=left, color=colour)
+                axes.barh(y, width, 0.85 * height, left=left, color=colour)
                 if width >= 0.05:
                     said, ink = f"{row['parts'][kind]:.0%}", "white" if left == 0 else "black"
                     middle = {"ha": "center", "va": "center", "fontsize": 7}
@@ -118,13 +122,75 @@ def wholes(suites: Results, file: Path) -> None:
     size = (12, 1.9 + 0.75 * len(found))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
     speeds(left, found)
-    shares(right, {label: rows for label, rows in found.items() if rows[0]["parts"]})
-    save(
-        figure,
-        "Blocks and pipeline against diffusers",
-        suites.get("blocks", suites.get("pipeline")),
-        file,
+    shares(
+        right, {label: rows for label, rows in found.items() if any(row["parts"] for row in rows)}
     )
+    data = next(suites[suite] for suite in report.WHOLE_SUITES if suite in suites)
+    save(figure, "Blocks, step and pipeline against diffusers", data, file)
+
+
+def step(data: dict[str, Any], file: Path) -> None:
+    """Stacked bars, one a provider of each step."""
+    bars = [
+        (f"{found['size']}\n{found['dtype']}, {provider}", shares)
+        for found in data["kinds"]
+        for provider, shares in found["shares"].items()
+    ]
+    names = dict.fromkeys(kind for _, shares in bars for kind in shares)
+    size = (10, 1.4 + 0.42 * len(bars))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    colours = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
+    for i, (_, shares) in enumerate(bars):
+        left = 0.0
+        for kind, part in shares.items():
+            axes.barh(i, part, 0.7, left=left, color=colours[kind])
+            if part >= 0.04:
+                axes.text(left + part / 2, i, f"{part:.0%}", ha="center", va="center", fontsize=7)
+            left += part
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    labelled(axes, [label for label, _ in bars])
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[kind]) for kind in names]
+    figure.legend(handles, names, loc="outside lower left", ncols=4)
+    save(figure, "Share of the time of a step", data, file)
+
+
+def quality(data: dict[str, Any], file: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for row in data["rows"]:
+        found = data["modes"].get(row["dtype"])
+        if found:
+            x, y = row["median"] * 1e3, found["steps"][-1]
+            axes.scatter(x, y, 60, color=OURS)
+            said = f" {row['dtype']}, {min(found['psnr']):.0f} dB at least"
+            axes.annotate(said, (x, y), (6, 4), textcoords="offset points")
+        else:
+            axes.axvline(row["median"] * 1e3, color="#c0392b", lw=1.2)
+            axes.text(row["median"] * 1e3, 0.02, " fp32", transform=axes.get_xaxis_transform())
+    axes.set_yscale("log")
+    axes.set_xlim(left=0, right=1.3 * axes.get_xlim()[1])
+    axes.set_xlabel("ms a picture")
+    axes.set_ylabel("relative L2 after the last step")
+    save(figure, "Latency against error", data, file)
+
+
+def scaling(data: dict[str, Any], file: Path) -> None:
+    """Time of attention and of the rest, and memory, against tokens."""
+    rows = [row for row in data["rows"] if row["axis"] == "tokens"]
+    powers, x = data["exponents"]["tokens"], [row["count"] for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for kind, colour in (("attention", KINDS["attention"]), ("rest", KINDS["linears"])):
+        y = [row["kinds"][kind] * 1e3 for row in rows]
+        left.plot(x, y, "o-", color=colour, label=f"{kind}, tokens ^ {powers[kind]:.2f}")
+    y = [row["peak"] / 1e6 for row in rows]
+    right.plot(x, y, "o-", color=OURS, label=f"peak, tokens ^ {powers['memory']:.2f}")
+    for axes, unit in ((left, "ms"), (right, "MB")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(unit)
+        axes.legend(loc="upper left")
+    save(figure, f"A step as its tokens grow: {rows[0]['size']}", data, file)
 
 
 # ops
@@ -133,9 +199,9 @@ def wholes(suites: Results, file: Path) -> None:
 def panels(rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, dict[str, dict]]]]:
     """Title -> op -> provider -> row, of each direction and dtype."""
     found: dict[str, dict[str, dict[str, dict]]] = {}
-    for (op, direction, dtype), by in report.comparisons(rows).items():
+    for (op, direction, dtype, shape), by in report.comparisons(rows).items():
         if report.ours(by):
-            found.setdefault(f"{direction}, {dtype}", {})[op] = by
+            found.setdefault(f"{direction}, {dtype}, {shape}", {})[op] = by
     yield from sorted(found.items(), key=lambda item: (item[0].split(",")[0] != "forward", item[0]))
 
 
@@ -174,9 +240,10 @@ def marks(by: dict[str, dict]) -> Iterator[tuple[float, str, str, str]]:
 
 
 def roofline(data: dict[str, Any], file: Path) -> None:
-    figure, cells = grid(data["rows"])
+    rows = [row for row in data["rows"] if row["share"] is not None]
+    figure, cells = grid(rows)
     named = {}
-    shares = [x for by in report.comparisons(data["rows"]).values() for x, *_ in marks(by)]
+    shares = [x for by in report.comparisons(rows).values() for x, *_ in marks(by)]
     far = 1.05 * max(1.05, *shares)
     for axes, title, found in cells:
         for i, by in enumerate(found.values()):
@@ -235,3 +302,9 @@ def draw(name: str, suites: Results, folder: Path) -> None:
                     roofline(suites["ops"], folder / file)
                 case "speed-up.png":
                     speed_up(suites["ops"], folder / file)
+                case "step.png":
+                    step(suites["step"], folder / file)
+                case "quality.png":
+                    quality(suites["quality"], folder / file)
+                case "scaling.png":
+                    scaling(suites["scaling"], folder / file)

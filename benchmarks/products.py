@@ -43,15 +43,20 @@ class Row:
 
 
 def measure(what: str, dtype: str, calls: Calls, truth: Tensor, rounds: int) -> bench.Comparison:
-    """Holds each to the truth in fp64, then times them in turn."""
-    errors = {}
+    """Holds each to fp64, then times them in turn; a torch.compile that is wrong is left out."""
+    errors, skipped = {}, {}
     for name, call in calls.items():
-        errors[name] = float((call().double() - truth).norm() / truth.norm())
-        if not errors[name] <= LIMITS[dtype]:
-            limit = f"at most {LIMITS[dtype]:.2g}, got {errors[name]:.2g}"
-            raise bench.WrongResult(f"{what} by {name}: relative L2 must be {limit}")
+        error = float((call().double() - truth).norm() / truth.norm())
+        if error <= LIMITS[dtype]:
+            errors[name] = error
+            continue
+        why = f"relative L2 must be at most {LIMITS[dtype]:.2g}, got {error:.2g}"
+        if name != "compile":
+            raise bench.WrongResult(f"{what} by {name}: {why}")
+        skipped[name] = why
     if not rounds:
-        return bench.Comparison([], errors, {})
+        return bench.Comparison([], errors, skipped)
+    calls = {name: calls[name] for name in errors}
     slowest = max(bench.timed(call)[0] for call in calls.values())
     rounds = rounds if slowest < SLOW else min(rounds, SLOW_ROUNDS)
     samples, note = bench.cpu_times(calls, rounds, lambda: None)
@@ -62,7 +67,7 @@ def measure(what: str, dtype: str, calls: Calls, truth: Tensor, rounds: int) -> 
         )
         for name, seconds in samples.items()
     ]
-    return bench.Comparison(rows, errors, {})
+    return bench.Comparison(rows, errors, skipped)
 
 
 def table(rows: list[Row]) -> str:
@@ -138,7 +143,7 @@ def threads(count: int) -> Iterator[None]:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     args = options("products", __doc__, bench.MIN_ROUNDS).parse_args(argv)
-    report = Report("products", args)
+    report = Report("products", args, planned=5)
     for cases, count in ((linear, None), (attention, None), (gelu, 1)):
         with threads(count or torch.get_num_threads()):
             for what, dtype, calls, truth in cases():

@@ -4,11 +4,14 @@ python3 -m benchmarks.report
 """
 
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fluxkern import bench
+
+from .runs import not_here
 
 RESULTS = bench.ROOT / "benchmarks" / "results"
 DOC = bench.ROOT / "docs" / "performance.md"
@@ -21,7 +24,8 @@ HEAD = """\
 
 Written by `fluxkern bench --report` from `benchmarks/results`: a figure that is not in a file there
 cannot stand here. `fluxkern bench`, in a checkout with `make install`, measures this machine and
-puts its files there; how long each took stands beside it.
+puts its files there; how long each took stands beside it. `--shape` names others than the default,
+on a GPU up to `flux-2048-batch-4`.
 
 Providers of a comparison are called in turn in one process; times are medians over the rounds, IQR
 is the interquartile range, and a ratio is the median of the ratios within each round. Nothing is
@@ -31,13 +35,36 @@ WHOLES = """\
 Against diffusers' modules with the same weights, which are bf16 numbers in every dtype. The *Amdahl
 bound* is the speed of diffusers with everything but its linears and its attention made free, from a
 profile of the same run: 100 % of it is what better code around the same products could reach.
-*Error* is the relative L2 of what the block or the loop changes, against diffusers in fp32.
+*Error* is the relative L2 of what the block or the loop changes, against diffusers in fp32; of a
+step, against our reference of every op in fp32, which is *eager* there too.
 """
 OPS = """\
 *Ceiling*: the larger of the op's unavoidable bytes over the fastest copy of as many bytes, in the
-same rounds with emptied caches, and its FLOPs over the rate of a square product. *Kernel* is our
+same rounds with emptied caches, and its FLOPs over the rate of torch's product of two matrices of
+1024 x 1024 in its dtype (8192 on a GPU). That rate is what torch reaches at this size, no limit of
+the machine: above 100 % is possible. Of int8 products no rate is known. *Kernel* is our
 kernel without Python, checks and allocation, where it is timed alone. Times are in microseconds.
 """
+KIND = """\
+From a profile of one step each: what no operator took is Python's. In compiled code products and
+attention keep their own share, the fused rest is one.
+"""
+QUALITY = """\
+Each mode of the compact pipeline against fp32, from the same noise. Errors are relative L2: of the
+stream after each block of a step, of what the loop has changed after each step. PSNR and SSIM are
+of the pictures of a few prompts; a picture's PSNR alone moves with the last bit.
+"""
+SCALING = """\
+A step (or a loop of steps) as one thing grows. Attention should grow with the square of the tokens,
+all else in proportion. An exponent is the slope of the logarithms from an eighth of the largest
+value on; memory is what torch allocates at the peak beside weights and inputs.
+"""
+DROP_IN = """\
+diffusers' own pipelines after `fluxkern.accelerate`, of which [diffusers.md](diffusers.md) tells:
+its loop of the compact model, and root mean square errors of bf16 on tiny random pipelines against
+the same in fp32, means over the seeds.
+"""
+WHOLE_SUITES = ("blocks", "step", "parts", "pipeline")
 DISTURBED = "\n† Other programs took a core in some rounds of this comparison.\n"
 
 
@@ -46,10 +73,18 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def results(folder: Path = RESULTS) -> dict[str, Results]:
-    """Machine -> its suites."""
+    """Machine -> its suites; what was measured with uncommitted changes is not among them.
+
+    The names are those of the files, diffusers/loop among them.
+    """
     found: dict[str, Results] = {}
-    for file in sorted(folder.glob("*/*.json")):
-        found.setdefault(file.parent.name, {})[file.stem] = read(file)
+    files = sorted((*folder.glob("*/*.json"), *folder.glob("*/diffusers/*.json")))
+    for file in files:
+        data, (machine, *name) = read(file), file.relative_to(folder).with_suffix("").parts
+        if (data["machine"]["commit"] or "").endswith("-dirty"):
+            print(f"left out: {file} is of {data['machine']['commit']}, which nobody can look up")
+            continue
+        found.setdefault(machine, {})["/".join(name)] = data
     return found
 
 
@@ -84,6 +119,10 @@ def about(machine: dict[str, Any]) -> str:
     )
 
 
+def peers(found: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version or 'absent'}" for name, version in found.items())
+
+
 def file_row(item: tuple[str, dict[str, Any]]) -> tuple:
     suite, data = item
     machine, versions = data["machine"], data["machine"]["versions"]
@@ -101,6 +140,9 @@ def file_row(item: tuple[str, dict[str, Any]]) -> tuple:
 def measured(suites: Results) -> Iterator[str]:
     columns = "file | measured | commit | >took, s | >load before | torch | diffusers"
     yield from table(columns, map(file_row, suites.items()))
+    found = next((data["peers"] for data in suites.values() if "peers" in data), None)
+    if found:
+        yield f"\nPeers on that machine: {peers(found)}."
     limits = next(iter(suites.values()))["machine"]["limits"]
     if limits:
         said = " ".join(f"{name}={value}" for name, value in limits.items())
@@ -123,15 +165,17 @@ def whole_rows(rows: list[dict[str, Any]]) -> Iterator[tuple]:
         )
 
 
-def wholes(suites: Results) -> Iterator[str]:
-    rows = [
-        row for suite in ("blocks", "pipeline") for row in suites.get(suite, {}).get("rows", [])
-    ]
+def whole_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     columns = "whole | dtype | by | >ms | >IQR | >rounds | >x diffusers | >x compiled"
-    yield WHOLES
     yield from table(f"{columns} | >of bound | >error", whole_rows(rows))
     if any(map(disturbed, rows)):
         yield DISTURBED
+
+
+def wholes(suites: Results) -> Iterator[str]:
+    yield WHOLES
+    rows = (row for suite in WHOLE_SUITES for row in suites.get(suite, {}).get("rows", []))
+    yield from whole_table(list(rows))
     levels = suites.get("pipeline", {}).get("levels")
     if levels:
         yield (
@@ -151,22 +195,23 @@ def memory_row(found: dict[str, Any]) -> tuple:
     return *about, *sizes, f"{found['ratio']:.2f}"
 
 
-def comparisons(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, dict]]:
-    """(op, direction, dtype) -> provider -> row."""
-    found: dict[tuple[str, str, str], dict[str, dict]] = {}
+def comparisons(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, dict]]:
+    """(op, direction, dtype, shape) -> provider -> row."""
+    found: dict[tuple[str, ...], dict[str, dict]] = {}
     for row in rows:
-        key = (row["op"], row["direction"], row["dtype"])
+        key = (row["op"], row["direction"], row["dtype"], row["shape"])
         found.setdefault(key, {})[row["provider"]] = row
     return found
 
 
 def ours(providers: dict[str, dict]) -> list[str]:
-    return [p for p in providers if p not in ("copy", *bench.BASELINES) and "kernel" not in p]
+    others = ("copy", *bench.BASELINES, *bench.peers.PEERS)
+    return [p for p in providers if p not in others and not p.endswith(" kernel")]
 
 
 def op_rows(rows: list[dict[str, Any]]) -> Iterator[tuple]:
-    for (op, direction, dtype), by in comparisons(rows).items():
-        for name in ours(by):
+    for (op, direction, dtype, _), by in comparisons(rows).items():
+        for name in (*ours(by), *(p for p in by if p in bench.peers.PEERS)):
             row = by[name]
             yield (
                 f"`{op}`{disturbed(row)}",
@@ -184,9 +229,12 @@ def op_rows(rows: list[dict[str, Any]]) -> Iterator[tuple]:
 def ops(data: dict[str, Any]) -> Iterator[str]:
     yield OPS
     said = ", ".join(f"{name} {rate:.4g}" for name, rate in data["ceilings"].items())
-    yield f"Shape `{data['shape']}`. Ceilings: {said}.\n"
+    yield f"Ceilings: {said}."
     columns = "op | direction | dtype | >eager | >compile | by | >time | >x eager | >x compile"
-    yield from table(f"{columns} | >of ceiling | >kernel", op_rows(data["rows"]))
+    for shape in dict.fromkeys(row["shape"] for row in data["rows"]):
+        yield f"\nShape `{shape}`:\n"
+        rows = [row for row in data["rows"] if row["shape"] == shape]
+        yield from table(f"{columns} | >of ceiling | >kernel", op_rows(rows))
     if any(map(disturbed, data["rows"])):
         yield DISTURBED
 
@@ -213,15 +261,110 @@ def products(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield DISTURBED
 
 
+def kinds(data: dict[str, Any]) -> Iterator[str]:
+    """Share of a step by kind of work, a column a provider."""
+    for step in data.get("kinds", []):
+        shares = step["shares"]
+        yield f"\n{step['what']}, {step['size']}, {step['dtype']}:\n"
+        names = dict.fromkeys(kind for found in shares.values() for kind in found)
+        rows = ((name, *(share(found.get(name)) for found in shares.values())) for name in names)
+        yield from table("kind | >" + " | >".join(shares), rows)
+
+
+def counted(data: dict[str, Any]) -> Iterator[str]:
+    for found in data.get("counts", []):
+        yield (
+            f"\nA step of {found['config']} at {found['size']} px has {found['TFLOP']:.4g} TFLOP"
+            f" in its products and moves {found['GB']:.4g} GB in bf16,"
+            f" {found['least GB']:.4g} at least ({found['why']})."
+        )
+
+
+def drop_in(suites: Results) -> Iterator[str]:
+    """diffusers' pipelines with our ops in them."""
+    yield DROP_IN
+    yield from whole_table(suites.get("diffusers/loop", {}).get("rows", []))
+    yield ""
+    columns = "pipeline | >models, theirs | >ours | >ratio | >latents, theirs | >ours | >ratio"
+    rows = suites.get("diffusers/accuracy", {}).get("rows", [])
+    yield from table(columns, map(accuracy_row, rows))
+
+
+def accuracy_row(row: dict[str, Any]) -> tuple:
+    errors = (row[what] for what in ("models", "latents"))
+    cells = ((e["original"], e["accelerated"], e["ratio"]) for e in errors)
+    return row["pipeline"], *(f"{value:.3g}" for cell in cells for value in cell)
+
+
+def mode_rows(data: dict[str, Any]) -> Iterator[tuple]:
+    times = {row["dtype"]: row for row in data["rows"]}
+    for name, found in data["modes"].items():
+        blocks, steps = list(found["blocks"].values()), found["steps"]
+        row = times.get(name)
+        yield (
+            name,
+            f"{min(blocks):.1e} to {max(blocks):.1e}",
+            f"{steps[0]:.1e}",
+            f"{steps[-1]:.1e}",
+            f"{min(found['psnr']):.1f}",
+            f"{statistics.median(found['psnr']):.1f}",
+            f"{min(found['ssim']):.4f}",
+            f"{row['median'] * 1e3:.0f}{disturbed(row)}" if row else "",
+            f"{row['times']['fp32']:.2f}" if row else "",
+        )
+
+
+def quality(data: dict[str, Any]) -> Iterator[str]:
+    yield QUALITY
+    columns = "mode | >a block | >first step | >last step | >least PSNR, dB | >median PSNR"
+    yield from table(f"{columns} | >least SSIM | >ms | >x fp32", mode_rows(data))
+    if any(map(disturbed, data["rows"])):
+        yield DISTURBED
+
+
+def scaling_rows(rows: list[dict[str, Any]]) -> Iterator[tuple]:
+    for row in rows:
+        times = (row["median"], row["iqr"], row["kinds"]["attention"], row["kinds"]["rest"])
+        peak = f"{row['peak'] / 1e6:.1f}"
+        yield f"{row['what']}{disturbed(row)}", *(f"{s * 1e3:.1f}" for s in times), peak
+
+
+def scaling(data: dict[str, Any]) -> Iterator[str]:
+    yield SCALING
+    columns = "against | >time | >attention | >rest | >memory"
+    rows = ((axis, *(f"{p:.2f}" for p in of.values())) for axis, of in data["exponents"].items())
+    yield from table(columns, rows)
+    yield ""
+    columns = "what | >ms | >IQR | >attention, ms | >rest, ms | >peak, MB"
+    yield from table(columns, scaling_rows(data["rows"]))
+    if any(map(disturbed, data["rows"])):
+        yield DISTURBED
+
+
+PLOTTED = {  # plot -> the suites of which one is enough, what it shows
+    "wholes": (WHOLE_SUITES, "Speed and share of time by kind, of blocks, step and pipeline"),
+    "step": (("step",), "Share of the time of a step by kind of work"),
+    "roofline": (("ops",), "Share of the machine's ceiling that each op reaches"),
+    "speed-up": (("ops",), "How many times faster than eager and torch.compile"),
+    "quality": (("quality",), "Latency of a picture against the error of the loop"),
+    "scaling": (("scaling",), "Time and memory as the tokens grow"),
+}
+
+
 def plots_of(name: str, suites: Results) -> dict[str, str]:
     """File name -> what it shows."""
-    found = {}
-    if "blocks" in suites or "pipeline" in suites:
-        found[f"{name}-wholes.png"] = "Speed and share of time by kind, of blocks and pipeline"
-    if "ops" in suites:
-        found[f"{name}-roofline.png"] = "Share of the machine's ceiling that each op reaches"
-        found[f"{name}-speed-up.png"] = "How many times faster than eager and torch.compile"
-    return found
+    return {
+        f"{name}-{plot}.png": what
+        for plot, (of, what) in PLOTTED.items()
+        if any(suites.get(suite, {}).get("rows") for suite in of)
+    }
+
+
+def shown(name: str, plot: str, suites: Results) -> Iterator[str]:
+    file = f"{name}-{plot}.png"
+    found = plots_of(name, suites)
+    if file in found:
+        yield f"\n![{found[file]}](performance/{file})"
 
 
 def section(name: str, suites: Results) -> Iterator[str]:
@@ -229,20 +372,39 @@ def section(name: str, suites: Results) -> Iterator[str]:
     yield f"## {about(machine)}\n"
     yield f"In `benchmarks/results/{name}`:\n"
     yield from measured(suites)
-    shown = [f"\n![{what}](performance/{file})" for file, what in plots_of(name, suites).items()]
-    if "blocks" in suites or "pipeline" in suites:
-        yield "\n### Blocks and pipeline\n"
+    if any(suite in suites for suite in WHOLE_SUITES):
+        yield "\n### Blocks, step and pipeline\n"
         yield from wholes(suites)
-        yield shown.pop(0)
+        yield from shown(name, "wholes", suites)
+    if "step" in suites:
+        yield "\n### Where the time of a step goes\n"
+        yield KIND
+        yield from kinds(suites["step"])
+        yield from counted(suites["step"])
+        yield from shown(name, "step", suites)
+    if "quality" in suites:
+        yield "\n### Quality beside speed\n"
+        yield from quality(suites["quality"])
+        yield from shown(name, "quality", suites)
+    if "scaling" in suites:
+        yield "\n### Scaling\n"
+        yield from scaling(suites["scaling"])
+        yield from shown(name, "scaling", suites)
+    if any(name.startswith("diffusers/") for name in suites):
+        yield "\n### diffusers, accelerated\n"
+        yield from drop_in(suites)
     if "products" in suites:
         yield "\n### Linears, attention, GELU\n"
         yield from products(suites["products"]["rows"])
     if "ops" in suites:
         yield "\n### Ops\n"
         yield from ops(suites["ops"])
-        yield from shown
-    for refused in (why for data in suites.values() for why in data["refused"]):
-        yield f"\nNot timed: {refused}"
+        for plot in ("roofline", "speed-up"):
+            yield from shown(name, plot, suites)
+    for data in suites.values():
+        skipped = (f"{what}: {why}" for what, why in data["skipped"].items() if not not_here(why))
+        for why in (*data["refused"], *skipped):
+            yield f"\nNot timed: {why}"
     yield ""
 
 

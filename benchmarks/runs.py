@@ -6,7 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fluxkern import bench
+
+NOT_HERE = ("no CUDA device", "is missing")  # reasons of the machine and the build, not of a row
 
 
 def options(name: str, about: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -18,10 +22,31 @@ def options(name: str, about: str | None, rounds: int) -> argparse.ArgumentParse
     return parser
 
 
-class Report:
-    """Rows as they are measured, on the terminal and in the file, and what was refused."""
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def __init__(self, suite: str, args: argparse.Namespace, **about: Any) -> None:
+
+def default_shape() -> str:
+    return "flux-1024" if torch.cuda.is_available() else "flux-512"
+
+
+def not_here(why: str) -> bool:
+    return any(said in why for said in NOT_HERE)
+
+
+class Report:
+    """Rows as they are measured, on the terminal and in the file, and what was refused.
+
+    Args:
+        suite: its name.
+        args: what `options` parsed.
+        planned: how many comparisons will be added.
+        about: what the file holds besides.
+    """
+
+    def __init__(
+        self, suite: str, args: argparse.Namespace, planned: int = 1, **about: Any
+    ) -> None:
         bench.pin_threads(args.threads)
         bench.limit_isa()
         pages = bench.keep_pages()
@@ -29,10 +54,13 @@ class Report:
         self.data: dict[str, Any] = {
             "suite": suite,
             "machine": bench.machine() | {"freed_pages_kept": pages},
+            "peers": bench.peers.installed(),
             "seconds": 0,
+            "planned": planned,
             **about,
             **{"rows": [], "verified": [], "refused": [], "skipped": {}},
         }
+        self.save()
 
     def add(
         self, name: str, measure: Callable[[], bench.Comparison], table: Callable[[list], str]
@@ -40,14 +68,23 @@ class Report:
         try:
             found = measure()
         except bench.WrongResult as refusal:
-            self.data["refused"].append(f"{name}: {refusal}")
-            print(f"REFUSED {name}: {refusal}", flush=True)
+            said = self.refuse(f"{name}: {refusal}")
         else:
             self.data["rows"] += [row.as_dict() for row in found.rows]
             self.data["verified"].append(f"{name}: {', '.join(found.verified)}")
-            self.data["skipped"] |= found.skipped
-            print(table(found.rows) or f"right: {self.data['verified'][-1]}", flush=True)
+            self.data["skipped"] |= {
+                provider if not_here(why) else f"{name} by {provider}": why
+                for provider, why in found.skipped.items()
+            }
+            said = table(found.rows) or f"right: {self.data['verified'][-1]}"
+            for peer, why in found.failed.items():
+                said += "\n" + self.refuse(f"{name} by {peer}, which is installed: {why}")
         self.save()
+        print(said, flush=True)
+
+    def refuse(self, why: str) -> str:
+        self.data["refused"].append(why)
+        return f"REFUSED {why}"
 
     def save(self) -> None:
         """What was measured is there when a run is cut off."""

@@ -1,24 +1,29 @@
-"""A double and a single block of the shape, by diffusers and by us."""
+"""A double and a single block of each shape, by diffusers and by us."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
 from fluxkern.cases import SHAPES
 
 from . import whole
-from .blocks import DTYPES, KINDS, Pair
+from .blocks import DIRECTIONS, DTYPES, KINDS, Pair
+from .runs import default_device
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    yield Pair(request.param, SHAPES[request.config.option.shape])
+def pair(request: pytest.FixtureRequest, shape: str) -> Iterator[Pair]:
+    yield Pair(request.param, SHAPES[shape], default_device())
 
 
-RUNS = [(d, p) for d in DTYPES for p in (whole.BASELINE, whole.COMPILED, whole.OURS)]
+PROVIDERS = (whole.BASELINE, whole.COMPILED, whole.OURS)
+RUNS = [(dtype, way, by) for way in DIRECTIONS for dtype in DTYPES for by in PROVIDERS]
 
 
-@pytest.mark.parametrize("dtype, provider", [*RUNS, ("fp32", whole.INT8)])
-def test_block(pair: Pair, dtype: str, provider: str, comparison: Callable, replayed: Callable):
-    found = comparison(pair.measure, (dtype,), whole.ROUNDS)
-    replayed(found, provider, f"{pair.kind} block {dtype}")
+@pytest.mark.parametrize("dtype, direction, provider", [*RUNS, ("fp32", "forward", whole.INT8)])
+def test_block(
+    pair: Pair, shape: str, dtype: str, direction: str, provider: str, compare: Callable
+):
+    measure = partial(pair.measure, dtype, direction)
+    compare(f"{pair.what(direction)} {dtype} {shape}", provider, measure)

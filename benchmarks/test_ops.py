@@ -1,14 +1,15 @@
 """Each op with kernels of ours, in each dtype and direction, by each provider."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
-import torch
 
 from fluxkern import bench
 from fluxkern.cases import CASES
 
 from .ops import OPS
+from .runs import default_device
 
 RUNS = [
     (op, dtype, direction, provider)
@@ -25,15 +26,6 @@ def test_the_suite_holds_every_op_with_kernels():
 
 
 @pytest.mark.parametrize("op, dtype, direction, provider", RUNS)
-def test_op(
-    op: str,
-    dtype: str,
-    direction: str,
-    provider: str,
-    shape: str,
-    comparison: Callable,
-    replayed: Callable,
-):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = comparison(bench.measure, (op, shape, dtype, direction, device), bench.ROUNDS)
-    replayed(found, provider, f"{op} {direction} {dtype}")
+def test_op(op: str, dtype: str, direction: str, provider: str, shape: str, compare: Callable):
+    case = (op, shape, dtype, direction, default_device())
+    compare(" ".join(case[:-1]), provider, partial(bench.measure, *case), bench.ROUNDS)

@@ -1,6 +1,7 @@
 """The compact model: its loop and a whole picture, by diffusers and by us."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -15,10 +16,8 @@ def pipelines() -> Pipelines:
 
 @pytest.mark.parametrize("provider", (whole.BASELINE, whole.COMPILED, whole.OURS))
 @pytest.mark.parametrize("what", WHOLES)
-def test_pipeline(
-    pipelines: Pipelines, what: str, provider: str, comparison: Callable, replayed: Callable
-):
-    replayed(comparison(pipelines.measure, (what,), whole.ROUNDS), provider, what)
+def test_pipeline(pipelines: Pipelines, what: str, provider: str, compare: Callable):
+    compare(what, provider, partial(pipelines.measure, what))
 
 
 def test_the_picture_is_that_of_diffusers(pipelines: Pipelines):

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_gpu import fake_gpu, packed
 
 from fluxkern import ops
 from fluxkern.bench import tune
+from fluxkern.bench.compare import Comparison, Row
 from fluxkern.cases import SHAPES, Maker
 from fluxkern.cli import main
+from fluxkern.kernels import _tiles
 from fluxkern.ops import _dispatch, measured
 
 HERE = torch.device("cpu")
@@ -31,6 +34,16 @@ def place(folder: Path, order: dict) -> Path:
     path.write_text(json.dumps({"device": "this", "order": order}))
     measured.forget()
     return path
+
+
+def test_ops_look_for_the_table_once_a_device(monkeypatch: pytest.MonkeyPatch):
+    looked = []
+    folder = measured.user_folder
+    monkeypatch.setattr(measured, "user_folder", lambda: looked.append(1) or folder())
+    x, y, gate = inputs()
+    for _ in range(3):
+        ops.gated_residual(x, y, gate)
+    assert len(looked) == 1
 
 
 def inputs(tokens: int = 8, dtype: torch.dtype = torch.float32) -> tuple:
@@ -126,6 +139,74 @@ def test_tuning_measures_and_what_it_writes_is_obeyed():
     assert _dispatch.explain("norm_modulate", *args)[0].chosen == next(iter(order))
 
 
+# tiles
+
+
+def q_on_a_gpu() -> torch.Tensor:
+    return packed(1, 4608, 24, 128)[0]
+
+
+def tiles_of(kernel: str) -> tuple[str, ...]:
+    return tuple(map(str, _tiles.candidates(kernel, 90)))
+
+
+def test_a_measured_tile_is_taken_where_it_is_a_candidate():
+    default, other, *_ = tiles_of("attention")
+    for measured_first, taken in ((other, other), ("512x512 4w 9s", default)):
+        sizes = {"24": {measured_first: 1.0, default: 2.0}}
+        table = {"order": {}, "tiles": {"attention": {"bfloat16": sizes}}}
+        measured.user_folder().mkdir(parents=True, exist_ok=True)
+        (measured.user_folder() / "fake-h100.json").write_text(json.dumps(table))
+        with fake_gpu():
+            ops.explain()  # which tells the kernels of the tables
+            assert str(_tiles.chosen("attention", 90, q_on_a_gpu())) == taken
+            assert str(_tiles.chosen("attention_backward_keys", 90, q_on_a_gpu())) == str(
+                _tiles.candidates("attention_backward_keys", 90)[0]
+            )
+            assert _tiles.chosen("attention", 90, q_on_a_gpu().float()) == _tiles.SMALL
+
+
+def test_every_candidate_is_named_apart_and_none_outgrows_its_kernel():
+    for kernel, table in _tiles.TABLE.items():
+        for architecture, tiles in table.items():
+            assert len({str(tile) for tile in tiles}) == len(tiles), (kernel, architecture)
+            assert all(tile.TMA <= (architecture >= 90) for tile in tiles)
+
+
+def test_tuning_tries_every_tile_and_what_it_writes_is_taken(monkeypatch: pytest.MonkeyPatch):
+    """Without a GPU the clock alone is replaced."""
+
+    def clock(op: str, shape: str, dtype: str, direction: str, *rest: object) -> Comparison:
+        kernel = "attention" if direction == "forward" else "attention_backward_keys"
+        tried = measured._tried.get(kernel) or measured._tried["attention_backward_queries"]
+        seconds = float(len(tried) * 1000 + sum(map(ord, tried))) * 1e-6
+        row = Row(
+            *(op, direction, shape, dtype, "cuda", "triton", "", 1, 1), None, [seconds], 1, {}
+        )
+        return Comparison([row], {}, {})
+
+    monkeypatch.setattr(tune, "measure", clock)
+    table, lines = {"device": "fake H100", "order": {}, "tiles": {}}, []
+    with fake_gpu():
+        ops.explain()
+        rest = (["flux-1024", "compact"], ["fp32", "bf16"], 3, lambda _, line: lines.append(line))
+        tune.add_tiles(table, *rest)
+        tune.write(table)
+        for kernel, by_dtype in table["tiles"].items():
+            assert list(by_dtype) == ["bfloat16"]
+            (_, found), _ = sorted(by_dtype["bfloat16"].items(), key=lambda item: -int(item[0]))
+            assert set(found) == set(tiles_of(kernel)) and list(found.values()) == sorted(
+                found.values()
+            )
+            assert str(_tiles.chosen(kernel, 90, q_on_a_gpu())) == next(iter(found))
+    choices = [kernel for kernel in _tiles.TABLE if len(tiles_of(kernel)) > 1]
+    assert list(table["tiles"]) == choices and len(lines) == 2 * len(choices) > 0
+    assert not measured._tried
+
+
+# the command
+
+
 @pytest.mark.parametrize(
     "option, value",
     [("--op", "abacus"), ("--shape", "square"), ("--dtype", "fp8"), ("--rounds", "1")],
@@ -141,4 +222,7 @@ def test_the_command_writes_a_table_and_says_where(tmp_path: Path, capsys):
     assert main(["tune", *what, "--rounds", "3", "--output", str(tmp_path / "t.json")]) == 0
     out = capsys.readouterr().out
     assert out.rstrip().endswith("t.json") and "gated_residual, fp32, compact: " in out
-    assert set(measured.read(tmp_path / "t.json")) == {"gated_residual", "gated_residual_backward"}
+    assert set(measured.read(tmp_path / "t.json")["order"]) == {
+        "gated_residual",
+        "gated_residual_backward",
+    }

@@ -5,14 +5,13 @@
 running before a clock starts; copies of as many bytes are timed in turn with them, as the ceiling.
 """
 
-from . import tune
+from . import peers, tune
 from .calls import CallCost, call_costs
 from .compare import (
     BASELINES,
     DIRECTIONS,
     DTYPES,
     Comparison,
-    Row,
     Truth,
     WrongResult,
     kernels_alone,
@@ -22,8 +21,9 @@ from .compare import (
     verify,
     watched,
 )
+from .cost import Counted, counted
 from .system import LIMITS, ROOT, gpu, limit_isa, machine, source_hash
-from .tables import cost_table, diffable, table, write_json
+from .tables import cost_table, table, write_json
 from .timers import (
     MIN_ROUNDS,
     ROUNDS,
@@ -31,6 +31,7 @@ from .timers import (
     copy_bandwidth,
     cpu_times,
     emptied_caches,
+    gpu_times,
     keep_pages,
     matrix_rate,
     pin_threads,
@@ -47,29 +48,31 @@ __all__ = [
     "BASELINES",
     "CallCost",
     "Comparison",
+    "Counted",
     "DIRECTIONS",
     "DTYPES",
     "LIMITS",
     "MIN_ROUNDS",
     "ROOT",
     "ROUNDS",
-    "Row",
     "Truth",
     "WrongResult",
     "call_costs",
     "copies",
     "copy_bandwidth",
     "cost_table",
+    "counted",
     "cpu_times",
-    "diffable",
     "emptied_caches",
     "gpu",
+    "gpu_times",
     "keep_pages",
     "kernels_alone",
     "limit_isa",
     "machine",
     "matrix_rate",
     "measure",
+    "peers",
     "pin_threads",
     "ratio",
     "reasons",

@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,14 +19,17 @@ from ..testing import (
     assert_accurate,
     copied,
     errors,
+    exact_results,
     gradients,
     in_schema_order,
     leaves,
     meaning,
     outputs,
+    readable,
     torch_op,
     widened,
 )
+from . import peers
 from .timers import (
     ROUNDS,
     Calls,
@@ -53,9 +56,12 @@ class WrongResult(AssertionError):
 
 
 def reasons(op: str, args: dict[str, Any]) -> dict[str, str | None]:
-    """Each backend of the Case: None, or why it cannot run these arguments here."""
-    (choice,) = ops.explain(op, *in_schema_order(op, args, "")[:-1])
-    return {name: choice.reasons[name] for name in CASES[op].backends}
+    """Each backend, provider and variant: None, or why it cannot run these arguments here."""
+    positional = tuple(in_schema_order(op, args, "")[:-1])
+    (choice,) = ops.explain(op, *positional)
+    names = (*CASES[op].backends, *CASES[op].providers)
+    variants = {n: ops._dispatch._reason(op, n, positional, True) for n in ops.variants(op)}
+    return {name: choice.reasons[name] for name in names} | variants
 
 
 def first_line(error: Exception) -> str:
@@ -93,7 +99,7 @@ def watched() -> Iterator[dict[tuple[str, str], float]]:
         return replace(backend, **{w: c and recording(c, *key) for w, c in ways.items()})
 
     ops.explain()  # finds all backends
-    before = {name: dict(found) for name, found in registry.items()}
+    before = dict(registry)  # whose dicts stay as they are: somebody may hold one
     for name, found in before.items():
         registry[name] = {n: recorded(name, backend) for n, backend in found.items()}
     try:
@@ -151,11 +157,12 @@ class Truth:
 
         def compute(run: Callable, args: dict[str, Any]) -> tuple[Tensor, ...]:
             args = copied(args) if op.endswith("_") else args  # written over
-            return outputs(run, args) if dout is None else gradients(run, args, dout)
+            return readable(outputs(run, args)) if dout is None else gradients(run, args, dout)
 
         plain = meaning(op)
         own = compute(plain, args)
-        return Truth(compute(plain, widened(args)), own, compute, dout is not None)
+        exact = exact_results(op, args) if dout is None else compute(plain, widened(args))
+        return Truth(exact, own, compute, dout is not None)
 
 
 def checked(out: Tensor, truth: Tensor, own: Tensor, what: str) -> float:
@@ -172,7 +179,7 @@ def verify(op: str, provider: str, run: Callable, args: dict[str, Any], *truths:
 
     Args:
         op: name of the public op.
-        provider: "eager", "compile" or the backend that has to run.
+        provider: "eager", "compile", a peer, or the backend that has to run.
         run: called with `args` by name.
         truths: of the forward, of the gradients or of both.
 
@@ -198,7 +205,7 @@ def verify(op: str, provider: str, run: Callable, args: dict[str, Any], *truths:
 def by_the_named_backend(
     op: str, provider: str, ran: Collection[tuple[str, str]], with_gradients: bool
 ) -> bool:
-    if provider in BASELINES:
+    if provider in BASELINES or provider in peers.PEERS:
         return not ran
     backward_ran = any(name.endswith("_backward") for name, _ in ran)
     has_backward = with_gradients and CASES[op].moved_backward is not None
@@ -237,7 +244,7 @@ class Row:
     flops: int
     max_error: float | None
     seconds: list[float]
-    share: float  # of the ceiling
+    share: float | None  # of the ceiling, where it is known
     times: dict[str, float]  # baseline -> how many times faster than it, round by round
 
     @property
@@ -255,6 +262,7 @@ class Comparison:
     rows: list[Row]
     verified: dict[str, float]  # provider -> largest error
     skipped: dict[str, str]  # provider -> why it did not run
+    failed: dict[str, str] = field(default_factory=dict)  # the same of peers that are installed
 
     def row(self, provider: str) -> Row | None:
         return next((row for row in self.rows if row.provider == provider), None)
@@ -262,12 +270,15 @@ class Comparison:
 
 def unavoidable(case: Case, sizes: Sizes, dtype: torch.dtype, direction: str) -> tuple[int, int]:
     """Bytes and FLOPs; a backward of matrix products takes twice those of the forward."""
-    moved = case.moved(sizes) if direction != "backward" else 0
-    passes = int(direction != "backward")
+    size, passes = 0, 0
+    if direction != "backward":
+        size += case.moved(sizes) * dtype.itemsize + case.bytes(sizes)
+        passes += 1
     if direction != "forward":
-        moved += case.moved_backward(sizes)
+        size += case.moved_backward(sizes) * dtype.itemsize
         passes += 2
-    return moved * dtype.itemsize, passes * case.flops(sizes)
+    flops = case.flops(case.inputs(Maker(sizes, dtype, "meta"))) if passes else 0
+    return size, passes * flops
 
 
 def providers(op: str, args: dict[str, Any]) -> tuple[dict[str, Callable], dict[str, str]]:
@@ -282,23 +293,44 @@ def providers(op: str, args: dict[str, Any]) -> tuple[dict[str, Callable], dict[
     return found, {name: reason for name, reason in why.items() if reason is not None}
 
 
+def with_peers(
+    op: str, args: dict[str, Any], direction: str, only: tuple[str, ...] | None
+) -> tuple[dict[str, Callable], dict[str, str]]:
+    """The installed libraries that have this op, and why others that should do not load."""
+    found, failed = {}, {}
+    for name, make in peers.of(op, args, direction):
+        if only is not None and name not in only:
+            continue
+        try:
+            run = make(args)
+        except Exception as failure:
+            failed[name] = first_line(failure)
+        else:
+            found |= {name: run} if run else {}
+    return found, failed
+
+
 def verified(
     op: str, args: dict[str, Any], direction: str, named: dict[str, Callable]
-) -> tuple[Calls, dict[str, float], dict[str, str]]:
-    """Calls of the providers that are right, their errors, and why torch.compile is not timed."""
+) -> tuple[Calls, dict[str, float], dict[str, str], dict[str, str]]:
+    """Calls of the providers that are right, their errors, why others are not timed, who failed.
+
+    torch.compile and peers may be wrong without an end to the comparison; a peer must run.
+    """
     forward = Truth.of(op, args, None)
     dout = tuple(torch.randn_like(t) for t in forward.own)
     truths = [forward] if direction == "forward" else [forward, Truth.of(op, args, dout)]
-    calls, error, skipped = {}, {}, {}
+    calls, error, skipped, failed = {}, {}, {}, {}
     for name, run in named.items():
         try:
             error[name] = verify(op, name, run, args, *truths)
             calls[name] = in_direction(run, args, direction, dout)
-        except Exception as failure:  # of torch.compile alone also a wrong result
-            if name != "compile":
+        except Exception as failure:
+            if name != "compile" and name not in peers.PEERS:
                 raise
-            skipped[name] = first_line(failure)
-    return calls, error, skipped
+            may_not = name == "compile" or isinstance(failure, WrongResult)
+            (skipped if may_not else failed)[name] = first_line(failure)
+    return calls, error, skipped, failed
 
 
 def measure(
@@ -339,10 +371,13 @@ def measure(
     with side_stream(device), torch._functorch.config.patch(donated_buffer=False):
         torch._dynamo.reset()
         found, skipped = providers(op, args)
-        named = {n: run for n, run in (found | (more or {})).items() if only is None or n in only}
-        calls, error, without = verified(op, args, direction, named)
+        others, failed = with_peers(op, args, direction, only)
+        found |= others | (more or {})
+        named = {n: run for n, run in found.items() if only is None or n in only}
+        calls, error, without, broken = verified(op, args, direction, named)
+        skipped, failed = skipped | without, failed | broken
         if not rounds:
-            return Comparison([], error, skipped | without)
+            return Comparison([], error, skipped, failed)
         if device == "cpu" and direction == "forward" and not op.endswith("_"):
             calls |= kernels_alone(op, args, calls)
         copy = copies(size, device)
@@ -350,14 +385,15 @@ def measure(
     ceiling = samples[best({name: samples[name] for name in copy})]
     floor = flops / matrix_rate(device, DTYPES[dtype]) if flops else 0.0
     limit = [max(seconds, floor) for seconds in ceiling]
+    in_int8 = any(isinstance(v, Tensor) and v.dtype == torch.int8 for v in args.values())
     rows = [
         Row(
             *(op, direction, shape, dtype, device, name, timer, size, flops),
             max_error=error.get(name),
             seconds=seconds,
-            share=ratio(limit, seconds),
+            share=None if in_int8 else ratio(limit, seconds),  # whose rate torch does not give
             times={b: ratio(samples[b], seconds) for b in BASELINES if b in samples},
         )
         for name, seconds in ({"copy": ceiling} | {n: samples[n] for n in calls}).items()
     ]
-    return Comparison(rows, error, skipped | without)
+    return Comparison(rows, error, skipped, failed)

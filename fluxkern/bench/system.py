@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import re
+import statistics
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
@@ -79,6 +80,17 @@ def gpu() -> dict[str, Any] | None:
     }
 
 
+def clock() -> dict[str, Any]:
+    """Governor and present frequency of the cores, as far as the system tells."""
+    file = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    info = Path("/proc/cpuinfo")
+    found = re.findall(r"^cpu MHz\s*:\s*(.+)$", info.read_text() if info.exists() else "", re.M)
+    return {
+        "governor": file.read_text().strip() if file.exists() else None,
+        "mhz": round(statistics.median(map(float, found))) if found else None,
+    }
+
+
 def isa() -> str | None:
     """The instruction set of our CPU kernels; None where they are not built."""
     ops.explain()
@@ -101,12 +113,14 @@ def limit_isa() -> None:
 
 def machine() -> dict[str, Any]:
     """What a figure depends on besides the code, and which code it is."""
+    head = commit()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
         "cpu_capability": {"torch": torch.backends.cpu.get_cpu_capability(), "fluxkern": isa()},
         "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "cores": os.cpu_count(),
+        "clock": clock(),
         "threads": torch.get_num_threads(),
         "last_level_cache": last_level_cache(),
         "load": os.getloadavg()[0],
@@ -114,6 +128,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "triton", "numpy", "diffusers")},
-        "commit": commit(),
+        "commit": head,
+        "dirty": head is not None and head.endswith("-dirty"),
         "source": source_hash(),
     }

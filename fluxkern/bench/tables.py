@@ -44,10 +44,11 @@ def table(rows: list[Row]) -> str:
             f"{row.times[b]:{width}.2f}" if b in row.times else " " * width
             for b, width in (("eager", 8), ("compile", 9))
         )
+        share = "" if row.share is None else f"{row.share:.0%}"
         error = "" if row.max_error is None else f"{row.max_error:.2g}"
         lines.append(
             f"  {row.provider:12} {row.median * 1e6:11.1f} {spread(row.seconds) * 1e6:9.1f}"
-            f" {row.bytes / row.median / 1e9:8.1f} {row.share:6.0%} {gains}  {error}"
+            f" {row.bytes / row.median / 1e9:8.1f} {share:>6} {gains}  {error}"
         )
     return "\n".join(lines[1:])
 

@@ -19,7 +19,7 @@ from .. import ops
 
 ROUNDS, MIN_ROUNDS = 15, 7
 PATIENCE = 5.0  # seconds of a comparison, after which MIN_ROUNDS are enough
-WARM_UP = 3
+WARM_UP, LONG = 3, 0.1  # calls; a call of that many seconds is warm after one
 
 Calls = dict[Any, Callable[[], object]]  # provider -> what is timed
 Samples = dict[Any, list[float]]  # provider -> seconds, one a round
@@ -52,6 +52,8 @@ def rounded(value: Any) -> Any:
     """Every float in it to four digits."""
     if isinstance(value, dict):
         return {name: rounded(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
@@ -189,7 +191,8 @@ def times(calls: Calls, device: str, rounds: int = ROUNDS) -> tuple[Samples, str
     """
     for call in calls.values():
         for _ in range(WARM_UP):
-            call()
+            if timed(call)[0] > LONG:
+                break
     if device == "cpu":
         samples, note = cpu_times(calls, rounds, emptied_caches("cpu"))
         return samples, f"host clock, empty caches{note}"

@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 
+from .. import ops as public
 from ..cases import CASES, SHAPES, Maker
-from ..ops import measured
+from ..ops import measured, variants
 from .compare import DTYPES, measure
 from .system import machine
 from .tables import write_json
 from .timers import ROUNDS
 
 NAMES = {"eager": "reference"}  # of a provider, where its backend has another
+HALF = ("bf16", "fp16")  # whose kernels have a choice of tiles
+DIRECTION = {"attention": "forward"}  # of a kernel of attention; the others' is the backward
 
 
 def comparisons(
@@ -30,10 +33,43 @@ def comparisons(
 
 def order(op: str, shape: str, dtype: str, direction: str, device: str, rounds: int) -> dict:
     """Backend -> median microseconds, the fastest first; each was held to fp64 before."""
-    only = ("eager", *CASES[op].backends)
+    only = ("eager", *CASES[op].backends, *CASES[op].providers, *variants(op))
     rows = measure(op, shape, dtype, direction, device, rounds, only).rows
     times = {NAMES.get(r.provider, r.provider): r.median for r in rows if r.provider in only}
     return {name: round(s * 1e6, 2) for name, s in sorted(times.items(), key=lambda row: row[1])}
+
+
+def tiles(kernel: str, names: tuple[str, ...], shape: str, dtype: str, rounds: int) -> dict:
+    """Tile -> median microseconds, the fastest first; each was held to fp64 before."""
+    times = {}
+    for name in names:
+        with measured.trying(kernel, name):
+            direction = DIRECTION.get(kernel, "backward")
+            found = measure("attention", shape, dtype, direction, "cuda", rounds, ("triton",))
+        times[name] = round(found.row("triton").median * 1e6, 2)
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+def add_tiles(
+    table: dict[str, Any],
+    shapes: list[str],
+    dtypes: list[str],
+    rounds: int,
+    after_each: Callable[[dict[str, Any], str], None],
+) -> None:
+    """Measures the candidates of every Triton kernel that has more than one."""
+    choices = public.tile_candidates(torch.empty(0, device="cuda").device)
+    for kernel, names in choices.items():
+        for dtype in (d for d in dtypes if d in HALF and len(names) > 1):
+            for shape in shapes:
+                q = CASES["attention"].inputs(Maker(SHAPES[shape], DTYPES[dtype], "meta"))["q"]
+                if q.shape[-1] > 128:
+                    continue
+                found = tiles(kernel, names, shape, dtype, rounds)
+                sizes = table["tiles"].setdefault(kernel, {}).setdefault(str(q.dtype)[6:], {})
+                sizes[str(measured.size_class(q))] = found
+                times = ", ".join(f"{name} {us:.4g} us" for name, us in found.items())
+                after_each(table, f"tiles of {kernel}, {dtype}, {shape}: {times}")
 
 
 def tune(
@@ -44,7 +80,9 @@ def tune(
     rounds: int = ROUNDS,
     after_each: Callable[[dict[str, Any], str], None] = lambda table, row: None,
 ) -> dict[str, Any]:
-    """Measures the backends of ours that run on `device` and orders them.
+    """Measures the backends that run on `device` and orders them.
+
+    On a GPU the tiles of the Triton kernels come first, where attention is among the ops.
 
     Args:
         ops: names of `CASES`.
@@ -61,7 +99,10 @@ def tune(
         WrongResult: a backend is wrong; nothing is ordered by the speed of a wrong result.
     """
     name = measured.device_name(torch.empty(0, device=device).device)
-    table: dict[str, Any] = {"device": name, "machine": machine(), "order": {}}
+    table: dict[str, Any] = {"device": name, "machine": machine(), "order": {}, "tiles": {}}
+    (attention,) = public.explain("attention")
+    if device == "cuda" and "attention" in ops and attention.reasons["triton"] is None:
+        add_tiles(table, shapes, dtypes, rounds, after_each)
     for op, shape, dtype, direction in comparisons(ops, shapes, dtypes):
         args = CASES[op].inputs(Maker(SHAPES[shape], DTYPES[dtype], "meta"))
         first = next(v for v in args.values() if isinstance(v, torch.Tensor))
