@@ -1,6 +1,7 @@
 """fluxkern.accelerate on diffusers' FluxTransformer2DModel: same results, everything kept."""
 
 import copy
+import json
 import logging
 import pickle
 from collections import Counter
@@ -21,6 +22,8 @@ import fluxkern
 from fluxkern import compact
 from fluxkern.integrations import _fused
 from fluxkern.integrations import diffusers as drop_in
+from fluxkern.ops import measured
+from fluxkern.ops.measured import size_class
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +56,19 @@ def test_fp32_results_are_the_originals(layers: tuple[int, int], guidance: bool)
 def test_any_size_gives_the_originals_result(model, batch: int, side: int, txt_len: int):
     given = inputs(model, batch, side, txt_len)
     expected = run(model, given)
+    assert distance(run(fluxkern.accelerate(model, strict=True), given), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [("encoder_hidden_states", "pooled_projections"), ("timestep", "pooled_projections")],
+    ids=["prompt", "conditions"],
+)
+def test_what_a_batch_shares_is_given_once(model, shared: tuple[str, ...]):
+    given = inputs(model)
+    given |= {name: given[name][:1] for name in shared}
+    expected = run(model, given)
+    assert expected.shape[0] == 2
     assert distance(run(fluxkern.accelerate(model, strict=True), given), expected) < 1e-5
 
 
@@ -156,6 +172,45 @@ def test_the_backend_of_the_table_is_what_the_ops_choose(model):
     assert backends == {chosen}
     fluxkern.accelerate(model, backend="reference")
     assert {site.backend for site in fluxkern.explain(model)} == {"reference"}
+
+
+def test_the_backend_of_the_table_is_that_of_as_many_tokens_as_the_last_call_had(
+    model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if fluxkern.ops.explain("gated_residual")[0].reasons["cpu"]:
+        pytest.skip("no second backend on this machine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    few, many = (size_class(torch.empty(tokens, 32)) for tokens in (21, drop_in.TOKENS))
+    sizes = {few: {"reference": 1.0, "cpu": 2.0}, many: {"cpu": 1.0, "reference": 2.0}}
+    name = measured.device_name(torch.device("cpu"))
+    table = {"device": name, "order": {"gated_residual": {"float32": sizes}}}
+    measured.user_folder().mkdir(parents=True)
+    (measured.user_folder() / measured.file_name(name)).write_text(json.dumps(table))
+    fluxkern.accelerate(model)
+    measured.forget()
+    try:
+        assert fluxkern.explain(model)[-1].backend == "cpu"
+        run(model, inputs(model))
+        assert fluxkern.explain(model)[-1].backend == "reference"
+    finally:
+        measured.forget()
+
+
+def test_a_named_backend_that_cannot_run_is_said_in_the_table(model):
+    given = inputs(model)
+    fluxkern.accelerate(model.double(), backend="cpu")
+    cells = {site.backend for site in fluxkern.explain(model)}
+    assert len(cells) == 1 and "which cannot run" in cells.pop()
+    with pytest.raises(NotImplementedError, match="cannot run on cpu"):
+        run(model, {name: t.double() for name, t in given.items()})
+
+
+def test_a_model_without_blocks_has_its_last_norm():
+    model = tiny_transformer(num_layers=0, num_single_layers=0)
+    given = inputs(model)
+    expected = run(model, given)
+    assert [site.name for site in fluxkern.explain(fluxkern.accelerate(model))] == ["norm_out"]
+    assert distance(run(model, given), expected) < 1e-5
 
 
 def test_a_named_backend_runs(model, monkeypatch: pytest.MonkeyPatch):
@@ -434,6 +489,17 @@ def test_autocast_gives_the_originals_dtype_and_result(model):
     exact = run(fluxkern.restore(model), given)
     assert found.dtype == expected.dtype
     assert distance(found.float(), exact) < 2 * distance(expected.float(), exact) + 1e-3
+
+
+def test_a_linear_that_autocast_changes_is_called_once(model):
+    norm, calls = model.transformer_blocks[0].norm1, []
+    norm.linear.register_forward_hook(lambda *_: calls.append(1))
+    x, emb = torch.randn(1, 4, 32), torch.randn(1, 32)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = norm(x, emb=emb)
+        fluxkern.accelerate(model)
+        found = norm(x, emb=emb)
+    assert len(calls) == 2 and all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("where", ["norm2", "attn.norm_k", "norm1.norm", "attn", "ff.net.0"])

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 
 import diffusers_parallel
@@ -130,6 +131,54 @@ def cache(config: Callable) -> Callable:
     return enable
 
 
+class Packed(nn.Module):
+    """A quantised layer: what it holds is no weight."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.scale = linear.weight.abs().max() / 127
+        self.packed = (linear.weight / self.scale).round().to(torch.int8)
+        self.bias = linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    @property
+    def weight(self) -> None:
+        raise AssertionError("the weight of a quantised layer was read")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.packed.to(x.dtype) * self.scale, self.bias)
+
+
+def replace_linears(module: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    for name, child in module.named_children():
+        if type(child) is nn.Linear:
+            setattr(module, name, make(child))
+        else:
+            replace_linears(child, make)
+
+
+@torch.no_grad()
+def packed(model: FluxTransformer2DModel, folder: Path) -> None:
+    replace_linears(model, Packed)
+
+
+def torchao_int8(model: FluxTransformer2DModel, folder: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+def bitsandbytes_4bit(model: FluxTransformer2DModel, folder: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def make(linear: nn.Linear) -> nn.Module:
+        new = bnb.nn.Linear4bit(*linear.weight.T.shape, compute_dtype=torch.float32)
+        new.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False)
+        new.bias = linear.bias
+        return new.to("cpu")  # packs
+
+    replace_linears(model, make)
+
+
 NOW = [1000.0]  # the step that a sampler is at
 CACHES = {
     "first_block_cache": cache(lambda: FirstBlockCacheConfig(threshold=5.0)),
@@ -179,6 +228,9 @@ FEATURES = {  # the feature -> the sites that then run diffusers' code, in whole
     same_processor: set(),
     compiled_in_place: set(),
     compiled_blocks: set(),
+    packed: set(),
+    torchao_int8: set(),
+    bitsandbytes_4bit: set(),
     **{enable: set() for enable in CACHES.values()},
 }
 NAMES = {enable: name for name, enable in CACHES.items()}
@@ -237,25 +289,72 @@ def test_a_cache_has_an_effect_and_ends(model: FluxTransformer2DModel, name: str
     assert not any(site.reason for site in fluxkern.explain(model))
 
 
-@pytest.mark.parametrize("name", ["compile", "compile_repeated_blocks"])
+@pytest.mark.parametrize("name", ["compile", "compile_repeated_blocks", "torch.compile"])
 def test_what_was_compiled_and_run_before_runs_on_ops_after(
     model: FluxTransformer2DModel, name: str
 ):
-    graphs = []
+    graphs, called = [], model
 
     def backend(graph, _inputs):
         graphs.append(str(graph.code))
         return graph
 
-    getattr(model, name)(fullgraph=True, backend=backend)
-    expected = steps(model)
+    if name == "torch.compile":
+        called = torch.compile(model, fullgraph=True, backend=backend)
+    else:
+        getattr(model, name)(fullgraph=True, backend=backend)
+    expected = steps(called)
     assert not any("fluxkern" in code for code in graphs)
-    fluxkern.accelerate(model, strict=True)
+    fluxkern.accelerate(called, strict=True)
     graphs.clear()
-    assert agree(steps(model), expected)
+    assert agree(steps(called), expected)
     assert any("fluxkern" in code for code in graphs)
-    fluxkern.restore(model)
-    assert agree(steps(model), expected)
+    fluxkern.restore(called)
+    assert agree(steps(called), expected)
+
+
+PAIRED = (
+    lora,
+    model_offload,
+    block_offload,
+    layerwise_casting,
+    CACHES["first_block_cache"],
+)
+PAIRS = [
+    *permutations(PAIRED, 2),
+    (lora, compiled_blocks),
+    (compiled_blocks, lora),
+    (torchao_int8, lora),
+    (torchao_int8, block_offload),
+]
+
+
+def output_or_error(
+    model: FluxTransformer2DModel, folder: Path, *acts: Callable
+) -> list[torch.Tensor] | str:
+    try:
+        for n, act in enumerate(acts):
+            act(model, folder / str(n))
+        return steps(model)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("first, second", PAIRS, ids=lambda act: NAMES.get(act) or act.__name__)
+def test_accelerate_between_two_features(
+    model: FluxTransformer2DModel, first: Callable, second: Callable, tmp_path: Path
+):
+    """What two features give together, or the error that they end in, is the original's."""
+    original = copy.deepcopy(model)
+    expected = output_or_error(original, tmp_path / "original", first, second)
+    found = output_or_error(
+        model, tmp_path / "ours", first, lambda m, _: fluxkern.accelerate(m), second
+    )
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        assert agree(found, expected)
+        assert not any(site.reason for site in fluxkern.explain(model))
 
 
 # LoRA
@@ -502,46 +601,7 @@ def test_an_attention_backend_for_the_whole_process_is_used(model: FluxTransform
     assert not reasons(model)
 
 
-# Linears and blocks of others
-
-
-class Packed(nn.Module):
-    """A quantised layer: what it holds is no weight."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.scale = linear.weight.abs().max() / 127
-        self.packed = (linear.weight / self.scale).round().to(torch.int8)
-        self.bias = linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-
-    @property
-    def weight(self) -> None:
-        raise AssertionError("the weight of a quantised layer was read")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.packed.to(x.dtype) * self.scale, self.bias)
-
-
-def quantise(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if type(child) is nn.Linear:
-            setattr(module, name, Packed(child))
-        else:
-            quantise(child)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_quantised_linears_are_called(model: FluxTransformer2DModel, order: str):
-    given = inputs(model)
-    original = copy.deepcopy(model)
-    quantise(original)
-    expected = run(original, given)
-    if order == "before":
-        fluxkern.accelerate(model, strict=True)
-    quantise(model)
-    assert distance(run(fluxkern.accelerate(model, strict=True), given), expected) < 1e-5
+# blocks of others
 
 
 def test_a_forward_replaced_on_an_instance_is_left_alone(model: FluxTransformer2DModel):
@@ -593,11 +653,33 @@ def test_projections_of_another_function_are_called(model: FluxTransformer2DMode
 # two processes
 
 
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(diffusers_parallel.main, (str(folder),), nprocs=2)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("degrees", [{"ulysses_degree": 2}, {"ring_degree": 2}], ids=str)
-def test_context_parallel_over_two_processes(degrees: dict, order: str, tmp_path: Path):
-    torch.multiprocessing.spawn(diffusers_parallel.main, (str(tmp_path), degrees, order), nprocs=2)
-    assert all(float((tmp_path / str(rank)).read_text()) < 1e-5 for rank in (0, 1))
+@pytest.mark.parametrize("split", diffusers_parallel.SPLITS)
+def test_a_model_split_over_two_processes(two_processes: list[dict], split: str, order: str):
+    assert all(found[f"{split}, {order}"] < 1e-5 for found in two_processes)
+
+
+@pytest.mark.parametrize("split", ["ulysses", "ring"])
+def test_gradients_of_a_split_sequence(two_processes: list[dict], split: str):
+    assert all(found[f"gradients, {split}"] < 1e-5 for found in two_processes)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_fully_sharded(two_processes: list[dict], order: str):
+    assert all(found[f"sharded, {order}"] < 1e-5 for found in two_processes)
+
+
+def test_sharding_changes_classes_and_is_said(two_processes: list[dict]):
+    for found in two_processes:
+        assert "a module became a FSDPFluxTransformerBlock" in found["restored"]
+        assert "FSDPFluxTransformerBlock, which is not known" in found["sharded first"]
 
 
 def test_the_example_of_a_lora_fine_tune_has_the_originals_losses(tmp_path: Path):

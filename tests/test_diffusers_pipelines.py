@@ -1,10 +1,12 @@
 """Each FLUX pipeline of diffusers from tiny random components: accelerated against original."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -23,13 +25,20 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxPriorReduxPipeline,
+    FluxTransformer2DModel,
 )
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
-from diffusers_models import distance, fused, tiny_transformer
+from diffusers_models import distance, fused, inputs, run, tiny_transformer
 from PIL import Image
 from tiny_flux import SCHEDULE, tiny_vae, write_tiny_flux
 from torch import nn
-from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import fluxkern
 from fluxkern import compact
@@ -86,7 +95,9 @@ def build(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
     return pipe
 
 
-def call(pipe: DiffusionPipeline, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def call(
+    pipe: DiffusionPipeline, dtype: torch.dtype = torch.float32, **more: object
+) -> torch.Tensor:
     """The latents of a run."""
     _, takes = PIPELINES[type(pipe)]
     torch.manual_seed(2)
@@ -110,6 +121,7 @@ def call(pipe: DiffusionPipeline, dtype: torch.dtype = torch.float32) -> torch.T
         output_type="latent",
         **SIZE,
         **kwargs,
+        **more,
     ).images
 
 
@@ -204,6 +216,124 @@ def test_a_lora_file_loads_scales_fuses_and_unloads(tmp_path: Path):
     pipe.fuse_lora()
     assert distance(call(pipe), whole) < 1e-5
     assert not any(site.reason for site in fluxkern.explain(pipe))
+
+
+# one device stands in for two: hooks run as with an accelerator, and weights wait on meta
+
+
+def sequential_offload(pipe: DiffusionPipeline) -> None:
+    """enable_sequential_cpu_offload, which refuses a machine without an accelerator."""
+    accelerate = pytest.importorskip("accelerate")
+    for module in filter(lambda part: isinstance(part, nn.Module), pipe.components.values()):
+        accelerate.cpu_offload(module, "cpu", offload_buffers=True)
+
+
+def model_offload(pipe: DiffusionPipeline) -> None:
+    pytest.importorskip("accelerate")
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def group_offload(pipe: DiffusionPipeline) -> None:
+    pytest.importorskip("accelerate")
+    pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("offload", [model_offload, sequential_offload, group_offload])
+def test_an_offloaded_pipeline(offload: Callable, order: str):
+    pipe = build(FluxPipeline)
+    expected = call(pipe)
+    if order == "before":
+        fluxkern.accelerate(pipe)
+    offload(pipe)
+    fluxkern.accelerate(pipe)
+    assert distance(call(pipe), expected) < 1e-5
+    sites = fluxkern.explain(pipe)
+    without_weights = set() if offload is model_offload else {"a RMSNorm has a hook"}
+    assert {site.reason for site in sites} - {None} == without_weights
+    assert {site.kind for site in sites if site.reason} <= {"attention"}
+
+
+def test_streams_are_refused_where_there_are_none():
+    pipe = fluxkern.accelerate(build(FluxPipeline))
+    expected = call(pipe)
+    with pytest.raises(ValueError, match="[Ss]tream"):
+        pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", use_stream=True)
+    assert torch.equal(call(pipe), expected)
+
+
+def test_a_single_file_is_loaded_and_accelerated(tmp_path: Path):
+    model = tiny_transformer()
+    given = inputs(model)
+    expected = run(model, given)
+    model.save_config(tmp_path)
+    file = tmp_path / "one.safetensors"
+    safetensors.torch.save_file(model.state_dict(), file)
+    loaded = FluxTransformer2DModel.from_single_file(str(file), config=str(tmp_path)).eval()
+    assert distance(run(fluxkern.accelerate(loaded, strict=True), given), expected) < 1e-5
+
+
+def write_ip_adapter(folder: Path, pipe: FluxPipeline) -> None:
+    """Random weights of an adapter, and its image encoder."""
+    config = pipe.transformer.config
+    width, hidden = config.joint_attention_dim, pipe.transformer.inner_dim
+    encoder = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+        projection_dim=12,
+    )
+    CLIPVisionModelWithProjection(encoder).save_pretrained(folder / "image_encoder")
+    sizes = {
+        "image_proj.proj.weight": (4 * width, 12),
+        "image_proj.proj.bias": (4 * width,),
+        "image_proj.norm.weight": (width,),
+        "image_proj.norm.bias": (width,),
+    }
+    for n in range(config.num_layers):
+        for name in ("to_k_ip", "to_v_ip"):
+            sizes[f"ip_adapter.{n}.{name}.weight"] = (hidden, width)
+            sizes[f"ip_adapter.{n}.{name}.bias"] = (hidden,)
+    weights = {name: torch.randn(size) for name, size in sizes.items()}
+    safetensors.torch.save_file(weights, folder / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_an_ip_adapter_loads_scales_and_unloads(tmp_path: Path, order: str):
+    pipe = build(FluxPipeline)
+    write_ip_adapter(tmp_path, pipe)
+    picture = {"ip_adapter_image": Image.new("RGB", (32, 32), "red")}
+    load = {
+        "weight_name": "adapter.safetensors",
+        "image_encoder_pretrained_model_name_or_path": str(tmp_path / "image_encoder"),
+        "local_files_only": True,
+    }
+    original = copy.deepcopy(pipe)
+    original.load_ip_adapter(str(tmp_path), **load)
+    if order == "before":
+        fluxkern.accelerate(pipe)
+        plain = call(pipe)
+    pipe.load_ip_adapter(str(tmp_path), **load)
+    fluxkern.accelerate(pipe)
+    pictures = []
+    for scale in (1.0, 0.2):
+        for each in (pipe, original):
+            each.set_ip_adapter_scale(scale)
+        pictures.append(call(pipe, **picture))
+        assert distance(pictures[-1], call(original, **picture)) < 1e-5
+    assert distance(*pictures) > 1e-3
+    reasons = {site.reason for site in fluxkern.explain(pipe) if site.reason}
+    assert reasons == {
+        "the attention processor is FluxIPAdapterAttnProcessor",
+        "in the last call joint_attention_kwargs hold ip_hidden_states",
+    }
+    pipe.unload_ip_adapter()
+    found = call(pipe)
+    assert not any(site.reason for site in fluxkern.explain(pipe))
+    assert order == "after" or torch.equal(found, plain)
 
 
 def test_a_pipeline_made_of_another_shares_what_is_accelerated():

@@ -25,6 +25,8 @@ from torch.overrides import _get_current_function_mode_stack
 from .. import ops
 from ._fused import Fused, differ, hooked
 
+# children are taken from _modules: getattr of a module costs several times that
+
 # LayerNorm, scale and shift
 
 
@@ -36,26 +38,41 @@ def _layer_norm(norm: nn.Module) -> str | None:
     return hooked(norm)
 
 
+def _why_not_linear(x: Tensor) -> str | None:
+    """Known before it is called: the original code would call it again."""
+    if _autocasts(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype:
+        return "autocast gives a Linear another dtype than its input's"
+    return None
+
+
 class _AdaLayerNorm(Fused):
     def why_not(self) -> str | None:
-        if getattr(self, "emb", None) is not None:
-            return "a norm embeds timesteps of its own"
-        return _layer_norm(self.norm)
+        return _layer_norm(self._modules["norm"])
 
     def chunks(self, x: Tensor, emb: Tensor | None, count: int) -> tuple[Tensor, ...] | None:
         """`count` vectors [B, C] of the modulation; None where the original code is to run."""
-        reason = self.why_not() or differ(x, emb)
+        reason = self.why_not() or differ(x, emb) or _why_not_linear(x)
         if reason is None:
-            emb = self.linear(self.silu(emb))
-            reason = differ(x, emb)
+            modules = self._modules
+            emb = modules["linear"](modules["silu"](emb))
+            if emb.dtype != x.dtype:
+                reason = differ(x, emb)
+            if emb.shape[0] != x.shape[0]:
+                emb = emb.expand(x.shape[0], -1)
         return None if self.runs_original(reason) else emb.chunk(count, dim=1)
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return ops.norm_modulate(x, scale, shift, eps=self.norm.eps, backend=self.backend)
+        eps = self._modules["norm"].eps
+        return ops.norm_modulate(x, scale, shift, eps=eps, backend=self._fluxkern.backend)
 
 
 class AdaLayerNormZero(_AdaLayerNorm, normalization.AdaLayerNormZero):
     original = normalization.AdaLayerNormZero
+
+    def why_not(self) -> str | None:
+        if self.emb is not None:
+            return "a norm embeds timesteps of its own"
+        return super().why_not()
 
     def forward(
         self,
@@ -112,7 +129,8 @@ class GELU(Fused, activations.GELU):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.runs_original(self.why_not()):
             return super().forward(hidden_states)
-        return ops.gelu_tanh(self.proj(hidden_states), backend=self.backend)
+        proj = self._modules["proj"]
+        return ops.gelu_tanh(proj(hidden_states), backend=self._fluxkern.backend)
 
 
 class TanhGELU(Fused, nn.GELU):
@@ -124,7 +142,7 @@ class TanhGELU(Fused, nn.GELU):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.runs_original(self.why_not()):
             return super().forward(input)
-        return ops.gelu_tanh(input, backend=self.backend)
+        return ops.gelu_tanh(input, backend=self._fluxkern.backend)
 
 
 # attention
@@ -154,31 +172,38 @@ class FluxAttention(Fused, transformer_flux.FluxAttention):
         **kwargs,
     ) -> torch.Tensor:
         joint = encoder_hidden_states is not None
-        reason = self.why_not() or self._why_not_call(
-            hidden_states, joint, image_rotary_emb, kwargs
+        norms = self.norms()
+        reason = self._why_not(norms) or self._why_not_call(
+            hidden_states, joint, image_rotary_emb, kwargs, norms
         )
         if self.runs_original(reason):
             return super().forward(
                 hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
             )
-        q, k, v = self._qkv(hidden_states, encoder_hidden_states, image_rotary_emb)
+        q, k, v = self._qkv(hidden_states, encoder_hidden_states, image_rotary_emb, norms)
+        if not torch.compiler.is_compiling():
+            self._fluxkern.tokens = q.shape[1]
         out = self._attend(q, k, v, attention_mask).flatten(2)  # [B, L, C]
         if not joint:
             return out
         txt_len = encoder_hidden_states.shape[1]
         txt, img = out[:, :txt_len], out[:, txt_len:]
-        img = self.to_out[1](self.to_out[0](img.contiguous()))
-        return img, self.to_add_out(txt.contiguous())
+        modules = self._modules
+        to_out = modules["to_out"]
+        return to_out[1](to_out[0](img.contiguous())), modules["to_add_out"](txt.contiguous())
 
     def norms(self) -> list[nn.Module]:
-        modules = self._modules  # half the time of getattr
+        modules = self._modules
         return [modules[name] for name in _QK_NORMS if name in modules]
 
     def why_not(self) -> str | None:
+        return self._why_not(self.norms())
+
+    def _why_not(self, norms: list[nn.Module]) -> str | None:
         if type(self.processor) is not transformer_flux.FluxAttnProcessor:
             return f"the attention processor is {type(self.processor).__name__}"
-        eps = self.norm_q.eps if type(self.norm_q) is nn.RMSNorm else None
-        for norm in self.norms():
+        eps = getattr(norms[-1], "eps", None)
+        for norm in norms:
             if type(norm) is not nn.RMSNorm or norm.weight is None:
                 return f"the norm of q and k is {type(norm).__name__}, not RMSNorm with weights"
             if norm.eps is None or norm.eps != eps:
@@ -188,36 +213,41 @@ class FluxAttention(Fused, transformer_flux.FluxAttention):
         return None
 
     def _why_not_call(
-        self, x: Tensor, joint: bool, rotation: tuple[Tensor, Tensor] | None, kwargs: dict
+        self,
+        x: Tensor,
+        joint: bool,
+        rotation: tuple[Tensor, Tensor] | None,
+        kwargs: dict,
+        norms: list[nn.Module],
     ) -> str | None:
-        if reason := self.why_not():
-            return reason
         if kwargs:
             return f"joint_attention_kwargs hold {', '.join(sorted(kwargs))}"
         if joint != (self.added_kv_proj_dim is not None):
             return "attention is called with one stream where it has two, or two where it has one"
         if not isinstance(rotation, tuple) or len(rotation) != 2 or rotation[0].ndim != 2:
             return "attention is called without a table of rotations"
-        return differ(x, *(norm.weight for norm in self.norms()))
+        return differ(x, *[norm.weight for norm in norms])
 
     def _qkv(
-        self, img: Tensor, txt: Tensor | None, rotation: tuple[Tensor, Tensor]
+        self,
+        img: Tensor,
+        txt: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+        norms: list[nn.Module],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Joint q, k, v [B, L, H, D], text first, q and k normed and rotated."""
         projected = transformer_flux._get_qkv_projections(self, img, txt)
         streams = projected[:3] if txt is None else (*projected[3:], *projected[:3])
-        heads = [t.unflatten(-1, (-1, self.head_dim)) for t in streams]
-        weights = [norm.weight for norm in self.norms()]
-        cos, sin = (table[:, ::2] for table in rotation)  # diffusers holds each angle twice
-        settings = {"eps": self.norm_q.eps, "backend": self.backend}
+        heads = [t.view(t.shape[0], t.shape[1], -1, self.head_dim) for t in streams]
+        weights = [norm.weight for norm in norms]
+        cos, sin = rotation[0][:, ::2], rotation[1][:, ::2]  # diffusers holds each angle twice
+        settings = {"eps": norms[-1].eps, "backend": self._fluxkern.backend}
         if txt is not None:
             return ops.joint_qk_norm_rope(*heads, *weights, cos, sin, **settings)
         q, k, v = heads
         return *ops.qk_norm_rope(q, k, *weights, cos, sin, **settings), v
 
-    def why_not_attention(
-        self, mask: Tensor | None = None, needs_gradient: bool = False
-    ) -> str | None:
+    def why_not_attention(self, mask: Tensor | None = None) -> str | None:
         """The reason why diffusers' dispatch attends, behind our norm and rotation."""
         processor, native = self.processor, AttentionBackendName.NATIVE
         chosen = processor._attention_backend or _AttentionBackendRegistry._active_backend
@@ -225,28 +255,30 @@ class FluxAttention(Fused, transformer_flux.FluxAttention):
             return f"diffusers' attention backend {AttentionBackendName(chosen).value} is set"
         if mask is not None:
             return "attention has a mask"
-        if processor._parallel_config is not None and needs_gradient:
-            return "attention that is split over devices needs a gradient"
         return "another package intercepts torch's attention" if _intercepted() else None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        needs_gradient = torch.is_grad_enabled() and q.requires_grad
+        backend = self._fluxkern.backend
         config = self.processor._parallel_config
-        if self.runs_original(self.why_not_attention(mask, needs_gradient), "attention_reason"):
+        if self.runs_original(self.why_not_attention(mask), "attention_reason"):
             chosen = self.processor._attention_backend
             return dispatch_attention_fn(
                 q, k, v, attn_mask=mask, backend=chosen, parallel_config=config
             )
         if config is None:
-            return ops.attention(q, k, v, backend=self.backend)
-        on_a_device = partial(_on_a_device, backend=self.backend)
+            return ops.attention(q, k, v, backend=backend)
         return _templated_context_parallel_attention(
-            q, k, v, forward_op=on_a_device, backward_op=None, _parallel_config=config
+            q,
+            k,
+            v,
+            forward_op=partial(_on_a_device, backend=backend),
+            backward_op=partial(_gradients_on_a_device, backend=backend),
+            _parallel_config=config,
         )
 
 
 def _on_a_device(
-    ctx: object,
+    ctx: torch.autograd.function.FunctionCtx,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -258,14 +290,41 @@ def _on_a_device(
     return_lse: bool,
     *,
     backend: str | None,
+    _save_ctx: bool,
     **_: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What diffusers' Ulysses and ring call on each device between their exchanges."""
-    attend = ops.attention_lse if return_lse else ops.attention
-    return attend(q, k, v, backend=backend)
+    if not return_lse and not any(ctx.needs_input_grad):
+        return ops.attention(q, k, v, backend=backend)
+    out, lse = ops.attention_lse(q, k, v, backend=backend)
+    if _save_ctx:
+        ctx.save_for_backward(q, k, v, out, lse)
+    return (out, lse) if return_lse else out
+
+
+def _gradients_on_a_device(
+    ctx: torch.autograd.function.FunctionCtx,
+    dout: Tensor,
+    *,
+    backend: str | None,
+    **of_a_ring: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same on the way back; a ring gives q, all keys' out and lse, and the k, v of its turn."""
+    names = ("query", "key", "value", "out", "lse")
+    tensors = [of_a_ring[n] for n in names] if of_a_ring else ctx.saved_tensors
+    backward = torch.ops.fluxkern.attention_backward
+    return backward(dout, torch.zeros_like(tensors[-1]), *tensors, backend)
 
 
 # the blocks: residuals
+
+
+def _of_one_batch(img: Tensor, txt: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Several pictures may share a prompt: diffusers broadcasts it in its first norm."""
+    if img.shape[0] == txt.shape[0] == temb.shape[0]:
+        return img, txt, temb
+    batch = max(img.shape[0], txt.shape[0], temb.shape[0])
+    return img.expand(batch, -1, -1), txt.expand(batch, -1, -1), temb.expand(batch, -1)
 
 
 def _clipped(x: Tensor) -> Tensor:
@@ -288,15 +347,19 @@ class FluxSingleTransformerBlock(Fused, transformer_flux.FluxSingleTransformerBl
             return super().forward(
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
+        hidden_states, encoder_hidden_states, temb = _of_one_batch(
+            hidden_states, encoder_hidden_states, temb
+        )
         txt_len = encoder_hidden_states.shape[1]
+        modules = self._modules
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        h, gate = self.norm(x, emb=temb)
-        mlp = self.act_mlp(self.proj_mlp(h))
-        attn = self.attn(
+        h, gate = modules["norm"](x, emb=temb)
+        mlp = modules["act_mlp"](modules["proj_mlp"](h))
+        attn = modules["attn"](
             hidden_states=h, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
         )
-        y = self.proj_out(torch.cat([attn, mlp], dim=2))
-        x = _clipped(ops.gated_residual(x, y, gate, backend=self.backend))
+        y = modules["proj_out"](torch.cat([attn, mlp], dim=2))
+        x = _clipped(ops.gated_residual(x, y, gate, backend=self._fluxkern.backend))
         return x[:, :txt_len], x[:, txt_len:]
 
 
@@ -304,7 +367,8 @@ class FluxTransformerBlock(Fused, transformer_flux.FluxTransformerBlock):
     original = transformer_flux.FluxTransformerBlock
 
     def why_not(self) -> str | None:
-        return _layer_norm(self.norm2) or _layer_norm(self.norm2_context)
+        modules = self._modules
+        return _layer_norm(modules["norm2"]) or _layer_norm(modules["norm2_context"])
 
     def forward(
         self,
@@ -319,20 +383,24 @@ class FluxTransformerBlock(Fused, transformer_flux.FluxTransformerBlock):
             return super().forward(
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
-        img_h, *img_vectors = self.norm1(hidden_states, emb=temb)
-        txt_h, *txt_vectors = self.norm1_context(encoder_hidden_states, emb=temb)
-        img_attn, txt_attn, *ip_attn = self.attn(
+        hidden_states, encoder_hidden_states, temb = _of_one_batch(
+            hidden_states, encoder_hidden_states, temb
+        )
+        modules = self._modules
+        img_h, *img_vectors = modules["norm1"](hidden_states, emb=temb)
+        txt_h, *txt_vectors = modules["norm1_context"](encoder_hidden_states, emb=temb)
+        img_attn, txt_attn, *ip_attn = modules["attn"](
             hidden_states=img_h,
             encoder_hidden_states=txt_h,
             image_rotary_emb=image_rotary_emb,
             **(joint_attention_kwargs or {}),
         )
-        img = self._branches(hidden_states, img_attn, img_vectors, self.norm2, self.ff)
+        norm, ff = modules["norm2"], modules["ff"]
+        img = self._branches(hidden_states, img_attn, img_vectors, norm, ff)
         for added in ip_attn:
             img = img + added
-        txt = self._branches(
-            encoder_hidden_states, txt_attn, txt_vectors, self.norm2_context, self.ff_context
-        )
+        norm, ff = modules["norm2_context"], modules["ff_context"]
+        txt = self._branches(encoder_hidden_states, txt_attn, txt_vectors, norm, ff)
         return _clipped(txt), img
 
     def _branches(
@@ -340,15 +408,19 @@ class FluxTransformerBlock(Fused, transformer_flux.FluxTransformerBlock):
     ) -> Tensor:
         """A stream with its attention and its MLP added."""
         gate, shift_mlp, scale_mlp, gate_mlp = vectors
+        backend = self._fluxkern.backend
         x, h = ops.gated_residual_norm_modulate(
-            x, attn, gate, scale_mlp, shift_mlp, eps=norm.eps, backend=self.backend
+            x, attn, gate, scale_mlp, shift_mlp, eps=norm.eps, backend=backend
         )
-        return ops.gated_residual(x, ff(h), gate_mlp, backend=self.backend)
+        return ops.gated_residual(x, ff(h), gate_mlp, backend=backend)
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _why_not_block(img: Tensor, txt: Tensor, temb: Tensor) -> str | None:
-    device = img.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _autocasts(img.device.type):
         return "autocast gives residuals and branches dtypes of their own"
     return differ(img, txt, temb)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 log = logging.getLogger("fluxkern")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -20,12 +19,14 @@ class Settings:
         strict: a call that would run the original code raises.
         reason: why the last call ran the original code, None if it did not.
         attention_reason: the same of the attention behind norm and rotation.
+        tokens: that the last call of an attention had.
     """
 
     backend: str | None
     strict: bool
     reason: str | None = None
     attention_reason: str | None = None
+    tokens: int = 0
 
 
 @cache
@@ -44,16 +45,23 @@ def _tell(reason: str, strict: bool) -> None:
 def hooked(module: nn.Module) -> str | None:
     """The reason why `module` must be called, whatever its class computes."""
     own = module.__dict__
-    if "forward" in own or any(own[hooks] for hooks in _HOOKS):
+    if (
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    ):
         return f"a {type(module).__name__} has a hook"
     return None
 
 
 def differ(x: Tensor, *others: Tensor) -> str | None:
+    dtype, device = x.dtype, x.device
     for other in others:
-        if other.dtype != x.dtype:
+        if other.dtype != dtype:
             return f"tensors of {x.dtype} and {other.dtype} meet"
-        if other.device != x.device:
+        if other.device != device:
             return f"tensors on {x.device} and {other.device} meet"
     return None
 

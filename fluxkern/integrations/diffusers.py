@@ -2,10 +2,10 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from ._flux_modules import FUSED, FluxAttention
 from ._fused import Fused, Settings, warn_once
 
 T = TypeVar("T", bound=nn.Module | DiffusionPipeline)
+TOKENS = 4608  # of a picture of 1024 x 1024 with 512 of text, until a call shows how many there are
 _ADD_NORM = "gated_residual_norm_modulate"
 PARTS = {  # class of a block -> path of a part ("" the block itself) -> its sites: name, kind, ops
     transformer_flux.FluxTransformerBlock: {
@@ -56,7 +57,7 @@ class Site:
         name: path of the module, or of the block and diffusers' name of the gate.
         kind: norm, gate, attention or gelu.
         runs: the ops that run there, or "original".
-        backend: what they run on.
+        backend: what they run on, or the one that was named and why a call of it would raise.
         reason: why diffusers' own code runs, in whole or in part.
     """
 
@@ -147,6 +148,9 @@ def restore(obj: T) -> T:
 
     Returns:
         obj; unchanged where nothing was accelerated.
+
+    Raises:
+        ValueError: another package changed the class of a module since, as fully_shard does.
     """
     _restore([m for _, root in _roots(obj) for m in root.modules() if isinstance(m, Fused)])
     return obj
@@ -155,6 +159,8 @@ def restore(obj: T) -> T:
 def explain(obj: nn.Module | DiffusionPipeline) -> Sites:
     """What runs at every norm, gate, attention and GELU of a model's FLUX.1 blocks, and why.
 
+    Backends are those for as many tokens as the last call had.
+
     Args:
         obj: a diffusers pipeline or model, accelerated or not.
 
@@ -162,7 +168,8 @@ def explain(obj: nn.Module | DiffusionPipeline) -> Sites:
         One `Site` each; printed, a table with a line for the blocks that are alike.
     """
     device = getattr(obj, "_execution_device", None)  # a pipeline's, through its offload hooks
-    return Sites(site for part in _parts(obj) for site in part.sites_now(device))
+    choose = cache(partial(_chosen, device, _tokens(obj)))
+    return Sites(site for part in _parts(obj) for site in part.sites_now(choose))
 
 
 # what accelerate changes
@@ -209,7 +216,7 @@ class _Part:
         self.module._fluxkern = settings
         return new
 
-    def sites_now(self, device: torch.device | None) -> Iterator[Site]:
+    def sites_now(self, choose: Callable) -> Iterator[Site]:
         module = self.module
         reason, partly = self.why_not_swapped(), None
         if reason is None and not isinstance(module, Fused):
@@ -224,8 +231,7 @@ class _Part:
                 yield Site(full, kind, "original", None, reason)
                 continue
             runs = runs.removesuffix(", attention") if partly else runs
-            backend = module.backend or _chosen(runs, self.block, device)
-            yield Site(full, kind, runs, backend, partly)
+            yield Site(full, kind, runs, choose(module.backend, runs, *_like(self.block)), partly)
 
 
 def _last(reason: str | None) -> str | None:
@@ -247,8 +253,8 @@ def _roots(obj: nn.Module | DiffusionPipeline) -> Iterator[tuple[str, nn.Module]
 def _parts(obj: nn.Module | DiffusionPipeline) -> Iterator[_Part]:
     for root_name, root in _roots(obj):
         for name, module in root.named_modules(prefix=root_name):
-            original = type(module).original if isinstance(module, Fused) else type(module)
-            for path, sites in PARTS.get(original, {}).items():
+            known = next((cls for cls in type(module).__mro__ if cls in PARTS), None)
+            for path, sites in PARTS.get(known, {}).items():
                 yield _Part(module, name, path, sites)
 
 
@@ -274,6 +280,9 @@ def _change_class(module: nn.Module, new: type[nn.Module]) -> None:
 
 
 def _restore(modules: list[nn.Module]) -> None:
+    for cls in map(type, modules):
+        if cls is not FUSED.get(cls.original):
+            raise ValueError(f"a module became a {cls.__qualname__}: that has to be undone first")
     for module in modules:
         _change_class(module, type(module).original)
         del module._fluxkern
@@ -365,30 +374,60 @@ def _difference(
 # which backend an op would choose
 
 
-def _chosen(names: str, block: nn.Module, device: torch.device | None) -> str:
-    backends = [_choice(name, block, device) for name in names.split(", ")]
-    return ", ".join(dict.fromkeys(backends))
+def _tokens(obj: nn.Module | DiffusionPipeline) -> int:
+    modules = (module for _, root in _roots(obj) for module in root.modules())
+    attentions = (module for module in modules if isinstance(module, FluxAttention))
+    return max((module._fluxkern.tokens for module in attentions), default=0) or TOKENS
 
 
-def _choice(op: str, block: nn.Module, device: torch.device | None) -> str:
-    weight = next(p for n, p in block.named_parameters() if "norm_q" in n)
-    device = device or weight.device
-    if device.type == "meta":
-        return ops.explain(op)[0].chosen or "none"
-    x, vec, q, w, cos = _inputs(weight.shape[0], weight.dtype, device)
-    args = {
+def _like(block: nn.Module) -> tuple[int, int, torch.dtype, torch.device]:
+    """Width, head dim, dtype and device of what runs through a block, or through all of a model."""
+    named = dict(block.named_parameters())
+    weight = next((p for name, p in named.items() if "norm_q" in name), next(iter(named.values())))
+    head_dim = weight.shape[-1]
+    width = getattr(block._modules.get("attn", block), "inner_dim", head_dim)
+    return width, head_dim, weight.dtype, weight.device
+
+
+def _chosen(
+    execution: torch.device | None,
+    tokens: int,
+    named: str | None,
+    ops_of_site: str,
+    width: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    device = execution or device
+    args = {}
+    if device.type != "meta":
+        args = _arguments(tokens, width, head_dim, dtype, device)
+    given = {op: args.get(op, ()) for op in ops_of_site.split(", ")}
+    if named is None:
+        chosen = [ops.explain(op, *args)[0].chosen or "none" for op, args in given.items()]
+        return ", ".join(dict.fromkeys(chosen))
+    reasons = [ops.why_not(op, named, *args) for op, args in given.items() if args]
+    why_not = next(filter(None, reasons), None)
+    return f"{named}, which cannot run: {why_not}" if why_not else named
+
+
+def _arguments(
+    tokens: int, width: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple]:
+    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    x, vec, w = empty(1, tokens, width), empty(1, width), empty(head_dim)
+    q = empty(1, tokens, max(1, width // head_dim), head_dim)
+    cos = empty(tokens, head_dim // 2, dtype=torch.float32)
+    txt, img = q.split([tokens // 9, tokens - tokens // 9], dim=1)  # 512 of 4608
+    return {
         "norm_modulate": (x, vec, vec, 1e-6),
         "gated_residual": (x, x, vec),
         _ADD_NORM: (x, x, vec, vec, vec, 1e-6),
         "gelu_tanh": (x,),
         "qk_norm_rope": (q, q, w, w, cos, cos, 1e-6),
-        "joint_qk_norm_rope": (q, q, q, q, q, q, w, w, w, w, cos, cos, 1e-6),
+        "joint_qk_norm_rope": (txt, txt, txt, img, img, img, w, w, w, w, cos, cos, 1e-6),
         "attention": (q, q, q),
     }
-    return ops.explain(op, *args[op])[0].chosen or "none"
-
-
-def _inputs(dim: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    sizes = {(1, 1, dim): dtype, (1, dim): dtype, (1, 1, 1, dim): dtype, (dim,): dtype}
-    sizes[(1, dim // 2)] = torch.float32
-    return [torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes.items()]
