@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .model.transformer import FluxConfig
 
 STEPS, GUIDANCE = 28, 3.5  # of a guidance-distilled model, as in diffusers
-STEPS_AND_CFG = {"compact": (16, 3.0), "schnell": (4, 1.0)}
+BENCH_SUITES = ("ops", "products", "blocks", "step", "parts", "pipeline", "quality", "scaling")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 PACKAGES = (
     "fluxkern",
@@ -149,12 +150,21 @@ def _add_generate(commands: Any) -> None:
     add = command.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="what to draw")
     add("--prompts", metavar="FILE", help='a file with one prompt a line; "-" is standard input')
-    add("--model", default="compact", help="compact (the default), a diffusers folder or ORG/NAME")
+    add(
+        "--model",
+        default="compact",
+        help="compact (the default), compact-base, -dev, -schnell, a diffusers folder or ORG/NAME",
+    )
     add("--revision", help="branch, tag or commit of ORG/NAME")
     add("--negative-prompt", metavar="TEXT", help="what to lead away from")
-    add("--true-cfg-scale", type=float, metavar="S", help="two-pass guidance; compact: 3, else 1")
-    add("--guidance-scale", type=float, metavar="G", help=f"distilled guidance, {GUIDANCE}")
-    add("--steps", type=int, metavar="N", help=f"compact: 16, schnell: 4, else {STEPS}")
+    add("--true-cfg-scale", type=float, metavar="S", help="two-pass guidance; compact: 2, else 1")
+    add(
+        "--guidance-scale",
+        type=float,
+        metavar="G",
+        help=f"distilled guidance; compact-dev: 2, else {GUIDANCE}",
+    )
+    add("--steps", type=int, metavar="N", help=f"schnell: 4, compact: 16, else {STEPS}")
     add("--seed", type=int, metavar="N", help="of the first picture, the next has N + 1; random")
     add("--height", type=int, metavar="H", help="pixels, a multiple of 16; the model's own")
     add("--width", type=int, metavar="W", help="the same")
@@ -177,13 +187,10 @@ def _generate(args: argparse.Namespace) -> None:
     given, args.seed = args.seed, _seed(args.seed)
     outputs = _outputs(args, len(prompts) * args.batch)
 
-    from . import checkpoint
-    from .pipeline import COMPACT_WEIGHTS, FluxPipeline
+    from .pipeline import FluxPipeline, folder_of
 
-    name = COMPACT_WEIGHTS if args.model == "compact" else args.model
-    folder = checkpoint.resolve(name, revision=args.revision)
-    config = _config(folder)
-    _fill_defaults(args, config)
+    folder = folder_of(args.model, args.revision)
+    _fill_defaults(args, folder)
     with _quiet_transformers():
         pipe = FluxPipeline.from_pretrained(folder, dtype=_dtype(args), device=args.device)
         args.max_sequence_length = args.max_sequence_length or pipe.text_encoder.max_sequence_length
@@ -248,7 +255,8 @@ def _check_generate(args: argparse.Namespace) -> None:
     for option, value in scales.items():
         if value is not None:
             pipeline.check_finite(option, value)
-    if args.revision is not None and (args.model == "compact" or Path(args.model).exists()):
+    here = args.model in pipeline.COMPACT or Path(args.model).exists()
+    if args.revision is not None and here:
         raise ValueError(f"--revision needs a --model of the hub, got {args.model}")
     on_gpu = torch.cuda.is_available() and args.dtype != "int8"
     args.device = args.device or ("cuda" if on_gpu else "cpu")
@@ -300,18 +308,34 @@ def _config(folder: Path) -> FluxConfig:
     return checkpoint.flux_config_from_diffusers(data)
 
 
-def _fill_defaults(args: argparse.Namespace, config: FluxConfig) -> None:
-    from . import checkpoint
-
-    steps, true_cfg_scale = STEPS_AND_CFG.get(checkpoint.variant(config), (STEPS, 1.0))
+def _fill_defaults(args: argparse.Namespace, folder: Path) -> None:
+    config = _config(folder)
+    steps, true_cfg_scale, guidance_scale = _usual(folder, config)
     args.steps = steps if args.steps is None else args.steps
     if args.true_cfg_scale is None:
         args.true_cfg_scale = true_cfg_scale
     if config.guidance_embed:
-        args.guidance_scale = GUIDANCE if args.guidance_scale is None else args.guidance_scale
+        args.guidance_scale = guidance_scale if args.guidance_scale is None else args.guidance_scale
     elif args.guidance_scale is not None:
-        warnings.warn("--guidance-scale has no effect: this model is not distilled", stacklevel=1)
+        warnings.warn("--guidance-scale has no effect: this model takes none", stacklevel=1)
         args.guidance_scale = None
+
+
+def _usual(folder: Path, config: FluxConfig) -> tuple[int, float, float]:
+    """Steps, scale of two-pass guidance and distilled guidance that a model is used with."""
+    from . import checkpoint, compact
+    from .model.sampling import ScheduleConfig
+
+    name = checkpoint.variant(replace(config, guidance_embed=False))  # dev is schnell then
+    steps, guidance, cfg = STEPS, GUIDANCE, 1.0
+    if name == "compact":
+        steps, guidance, cfg = compact.STEPS, compact.GUIDANCE, compact.GUIDANCE
+    if config.guidance_embed:
+        return steps, 1.0, guidance
+    schedule = checkpoint.read_json(folder / "scheduler" / "scheduler_config.json")
+    if not ScheduleConfig.from_diffusers(schedule).use_dynamic_shifting or name == "schnell":
+        return compact.FEW_STEPS, 1.0, guidance
+    return steps, cfg, guidance
 
 
 def _dtype(args: argparse.Namespace) -> Any:
@@ -352,9 +376,10 @@ def _draw(args: argparse.Namespace, pipe: Any, prompt: str, first: int, count: i
 def _facts(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What a PNG says of how it was made, but for prompt, seed and size."""
     from . import checkpoint, ops
+    from .pipeline import COMPACT
 
     here = Path(args.model).exists()  # the rest of a path says who and where, not what
-    on_hub = not here and args.model != "compact"
+    on_hub = not here and args.model not in COMPACT
     return {
         "negative_prompt": (args.negative_prompt or "") if args.true_cfg_scale > 1 else None,
         "steps": args.steps,
@@ -516,28 +541,38 @@ def _add_bench(commands: Any) -> None:
     summary = "Measure ops, blocks and pipeline on this machine; needs a checkout of fluxkern."
     command = _add_command(commands, _bench, "bench", summary)
     add = command.add_argument
-    add("--suite", choices=("ops", "products", "blocks", "pipeline"), help="one; all")
+    add("--suite", nargs="+", choices=BENCH_SUITES, help="some; all")
+    add("--shape", nargs="+", metavar="SHAPE", help="flux-512, on a GPU flux-1024 to -2048-batch-4")
     add("--threads", type=int, metavar="N", help="of torch; as many as there are cores")
-    add("--json", metavar="FILE", help="the results of one --suite; benchmarks/results/MACHINE/")
+    add("--json", metavar="FILE", help="the results; benchmarks/results/MACHINE/")
     add("--plots", metavar="DIR", help="draw what was measured there")
+    add(
+        "--compare",
+        nargs="+",
+        metavar="FILE",
+        help="results, or a folder: what a fresh run changes",
+    )
+    add("--profile", metavar="FILE", help="a Chrome trace of one step, .json.gz, and its table")
     add("--report", action="store_true", help="measure nothing, write docs/performance.md")
 
 
 def _bench(args: argparse.Namespace) -> None:
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {args.threads}")
-    if args.json is not None and args.suite is None:
-        raise ValueError("--json FILE needs one --suite, got all")
+    if args.compare is not None and len(args.compare) > 2:
+        raise ValueError(f"--compare must be one file or two, got {len(args.compare)}")
     root = Path(__file__).resolve().parents[1]
     if not (root / "benchmarks" / "suite.py").is_file():
         raise ValueError("the benchmarks are not part of the package: run this in a checkout")
     command = [sys.executable, "-m", "benchmarks.suite"]
-    for option in ("suite", "threads"):
-        value = getattr(args, option)
-        command += [f"--{option}", str(value)] if value is not None else []
-    for option in ("json", "plots"):
-        path = getattr(args, option)
-        command += [f"--{option}", str(Path(path).absolute())] if path is not None else []
+    for option in ("suite", "shape"):
+        given = getattr(args, option) or []
+        command += [f"--{option}"] * bool(given) + given
+    command += ["--threads", str(args.threads)] if args.threads is not None else []
+    for option in ("json", "plots", "profile", "compare"):
+        given = getattr(args, option) or []
+        paths = [given] if isinstance(given, str) else given
+        command += [f"--{option}"] * bool(paths) + [str(Path(path).absolute()) for path in paths]
     command += ["--report"] * args.report
     status = subprocess.run(command, cwd=root).returncode
     if status:
@@ -606,7 +641,10 @@ def _add_convert(commands: Any) -> None:
     summary = "Write a transformer or an autoencoder again in the other layout."
     command = _add_command(commands, _convert, "convert", summary)
     command.add_argument(
-        "source", metavar="SRC", help="a .safetensors file or a component's folder"
+        "source",
+        metavar="SRC",
+        help="a .safetensors file, a component's folder, or a compact model by its name: all of it "
+        "to diffusers, its transformer to bfl",
     )
     command.add_argument("target", metavar="DST", help="a .safetensors file (bfl) or a folder")
     command.add_argument("--to", choices=("bfl", "diffusers"), required=True, help="the layout")
@@ -619,9 +657,31 @@ def _convert(args: argparse.Namespace) -> None:
         raise ValueError(f"{target} exists already; --force writes over it")
 
     from . import checkpoint
+    from .pipeline import COMPACT, folder_of
 
-    checkpoint.convert(args.source, target, args.to)
+    if args.source not in COMPACT:
+        checkpoint.convert(args.source, target, args.to)
+    elif args.to == "bfl":
+        checkpoint.convert(folder_of(args.source) / "transformer", target, args.to)
+    else:
+        _copy(folder_of(args.source), target)
     print(target)
+
+
+def _copy(folder: Path, target: Path) -> None:
+    """A compact model as a folder of its own, without those beside it."""
+    import shutil
+
+    from ._files import new_folder
+    from .pipeline import MODEL_INDEX
+
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} must be a folder, got a file")
+    with new_folder(target) as unfinished:
+        for part in (folder / name for name in (*MODEL_INDEX, "model_index.json", "README.md")):
+            copy = shutil.copytree if part.is_dir() else shutil.copyfile
+            if part.exists():
+                copy(part, unfinished / part.name)
 
 
 # train
@@ -630,9 +690,12 @@ def _convert(args: argparse.Namespace) -> None:
 def _add_train(commands: Any) -> None:
     summary = "Train the compact model; started again it goes on where it stopped."
     command = _add_command(commands, _train, "train", summary)
-    command.add_argument("--out", default="runs/compact", metavar="FOLDER", help="runs/compact")
-    command.add_argument("--config", metavar="FILE", help="a recipe (TOML); fluxkern's own")
-    command.add_argument("--threads", type=int, metavar="N", help="of torch; its own choice")
+    add = command.add_argument
+    add("stage", choices=("vae", "flow", "distill"), help="in this order, in one folder")
+    add("--out", default="runs/compact", metavar="FOLDER", help="runs/compact")
+    add("--config", metavar="FILE", help="a recipe (TOML); fluxkern's own of the stage")
+    add("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, else cpu")
+    add("--threads", type=int, metavar="N", help="of torch; its own choice")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -641,15 +704,20 @@ def _train(args: argparse.Namespace) -> None:
 
     import torch
 
-    from .compact.recipe import RECIPE, Recipe
-    from .compact.train import Run
+    from .compact.distill import DistillRun
+    from .compact.recipe import FOLDER, RECIPES, read_recipe
+    from .compact.train import FlowRun, VaeRun
 
+    gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not gpu:
+        raise ValueError("--device must be cpu where torch finds no CUDA GPU, got cuda")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    recipe = Recipe.from_file(args.config or RECIPE)
+    recipe = read_recipe(RECIPES[args.stage], args.config or FOLDER / f"{args.stage}.toml")
+    run = {"vae": VaeRun, "flow": FlowRun, "distill": DistillRun}[args.stage]
     try:
         with _quiet_transformers():
-            print(Run(args.out, recipe)())
+            print(run(args.out, recipe, args.device or ("cuda" if gpu else "cpu"))())
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on from there") from None
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from ._files import read_json, write_json
+from ._files import new_folder, read_json, write_json
 from .model import sampling
 from .model.autoencoder import AutoEncoder
 from .model.sampling import Conditioning, Generators, ScheduleConfig, Step
@@ -27,6 +24,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 COMPACT_WEIGHTS = Path(__file__).parent / "compact" / "weights"
+COMPACT = {  # what comes with fluxkern; the first is for who has no reason to choose
+    "compact": COMPACT_WEIGHTS,
+    "compact-base": COMPACT_WEIGHTS,
+    "compact-dev": COMPACT_WEIGHTS / "dev",
+    "compact-schnell": COMPACT_WEIGHTS / "schnell",
+}
 DEFAULT_SIZE = 1024
 MAX_SIZE = 8192
 MAX_STEPS = 1000
@@ -102,8 +105,10 @@ class FluxPipeline:
         """Load a diffusers folder of a FLUX.1 text-to-image model.
 
         Args:
-            path_or_id: a folder, "org/name" on the Hugging Face hub, or "compact" for the small
-                model that comes with fluxkern (a folder of that name is "./compact").
+            path_or_id: a folder, "org/name" on the Hugging Face hub, or one of the small models
+                that come with fluxkern: "compact-base" (two passes with `true_cfg_scale`),
+                "compact-dev" (one pass with `guidance_scale`), "compact-schnell" (4 steps, no
+                guidance), "compact" for the first (a folder of that name is "./compact").
             revision: branch, tag or commit on the hub.
             dtype: floating dtype of all weights; None is float32. "int8" holds the linear layers
                 of the transformer's blocks in 8 bits, with `fluxkern.ops.linear_int8`, and all else
@@ -115,14 +120,13 @@ class FluxPipeline:
 
         Raises:
             ValueError: not a FLUX.1 text-to-image checkpoint, or one that breaks a rule of loading;
-                "int8" on another device than the CPU.
+                a compact model that is not in the package; "int8" on another device than the CPU.
         """
         device, int8 = device or "cpu", dtype == "int8"
         if int8 and torch.device(device).type != "cpu":
             raise ValueError(f"device must be cpu where dtype is 'int8', got {device}")
         dtype = torch.float32 if int8 or dtype is None else dtype
-        name = COMPACT_WEIGHTS if path_or_id == "compact" else path_or_id
-        folder = checkpoint.resolve(name, revision=revision)
+        folder = folder_of(path_or_id, revision)
         _check_text_to_image(folder)
         return cls(
             checkpoint.load_flux(folder / "transformer", dtype=dtype, device=device, int8=int8),
@@ -146,15 +150,8 @@ class FluxPipeline:
         folder = Path(folder)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ValueError(f"folder must be new or empty, got {folder}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+        with new_folder(folder) as unfinished:
             self._write(unfinished)
-            unfinished.chmod(0o755)
-            os.replace(unfinished, folder)
-        except BaseException:
-            shutil.rmtree(unfinished)
-            raise
 
     def _write(self, folder: Path) -> None:
         checkpoint.save_flux(self.transformer, folder / "transformer")
@@ -409,6 +406,16 @@ def _as_list(name: str, texts: str | list[str]) -> list[str]:
     texts = [texts] if isinstance(texts, str) else texts
     check_texts(name, texts)
     return texts
+
+
+def folder_of(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """The local folder of what `from_pretrained` loads; a ValueError where there is none."""
+    if path_or_id not in COMPACT:
+        return checkpoint.resolve(path_or_id, revision=revision)
+    folder = COMPACT[str(path_or_id)]
+    if not folder.is_dir():
+        raise ValueError(f"{path_or_id} is not in this package: there is no {folder}")
+    return folder
 
 
 def check_size(name: str, pixels: int) -> None:

@@ -24,10 +24,13 @@ from safetensors.torch import load_file, save_file
 from tiny_flux import write_tiny_flux
 
 import fluxkern
+from benchmarks import compact
 from fluxkern import checkpoint, ops
 from fluxkern.cli import main
 from fluxkern.compact import train
-from fluxkern.compact.recipe import RECIPE, Recipe
+from fluxkern.compact.optimise import Optimised
+from fluxkern.compact.recipe import FOLDER, RECIPES, VaeRecipe, read_recipe
+from fluxkern.pipeline import COMPACT
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -105,7 +108,7 @@ def test_generate_writes_how_the_picture_was_made_into_it(generate, model):
         "steps": 2,
         "guidance_scale": 5.0,
         "true_cfg_scale": 2.0,
-        "max_sequence_length": 64,
+        "max_sequence_length": 32,
         "dtype": "float32",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "model": "flux",
@@ -517,20 +520,34 @@ def test_convert_refuses_what_is_no_checkpoint_and_leaves_nothing(fluxkern_at, t
     assert files_below(tmp_path) == ["junk.safetensors", "lora.safetensors"]
 
 
+def test_convert_writes_a_compact_model_by_its_name_in_both_layouts(fluxkern_at):
+    for target, to in (("out", "diffusers"), ("flux.safetensors", "bfl")):
+        assert fluxkern_at("convert", "compact-base", target, "--to", to) == (0, f"{target}\n", "")
+    names = {path.name for path in COMPACT["compact-base"].iterdir()} - {"dev", "schnell"}
+    assert {path.name for path in Path("out").iterdir()} == names
+    ours, theirs = (load_file(folder / WEIGHTS) for folder in (Path("out"), COMPACT["compact"]))
+    assert same_bits(ours, theirs)
+    assert "double_blocks.0.img_attn.qkv.weight" in load_file("flux.safetensors")
+    command = ("convert", "compact-base", "out", "--to", "diffusers")
+    assert_refused(fluxkern_at(*command), 2, "out exists already; --force")
+    assert fluxkern_at(*command, "--force")[0] == 0
+
+
 # train
 
-SMALLEST = {"pictures": 4, "steps": 2, "batch_size": 2, "evaluate_every": 100}
+SMALLEST = {"pictures": 4, "paths": 4, "batch_size": 2, "evaluate_every": 100, "teacher_steps": 4}
 
 
-def write_recipe(path, seed=1):
-    """The recipe of the package with the smallest numbers, five steps for the transformer."""
-    recipe = tomllib.loads(RECIPE.read_text()) | {"seed": seed}
-    lines = [f"seed = {recipe.pop('seed')}"]
-    for stage, values in recipe.items():
-        smallest = {name: SMALLEST.get(name, value) for name, value in values.items()}
-        smallest["steps"] = 5 if stage == "flow" else 2
-        lines += [f"[{stage}]", *(f"{k} = {json.dumps(v)}" for k, v in smallest.items())]
-    path.write_text("\n".join(lines))
+def write_recipes(folder, seed=1):
+    """The recipes of the package with the smallest numbers, five steps for the transformer."""
+    for command in RECIPES:
+        recipe = tomllib.loads((FOLDER / f"{command}.toml").read_text()) | {"seed": seed}
+        lines = [f"{name} = {json.dumps(recipe.pop(name))}" for name in ("seed", "start")]
+        for stage, values in recipe.items():
+            smallest = {name: SMALLEST.get(name, value) for name, value in values.items()}
+            smallest["steps"] = 5 if stage == "flow" else 2
+            lines += [f"[{stage}]", *(f"{k} = {json.dumps(v)}" for k, v in smallest.items())]
+        (folder / f"{command}.toml").write_text("\n".join(lines))
 
 
 # the state is written after the second step; the third is done when the process is killed
@@ -538,9 +555,10 @@ KILLED = """
 import os, signal, sys
 from fluxkern.cli import main
 from fluxkern.compact import train
+from fluxkern.compact.optimise import Optimised
 
-train.JUDGED = {"flow": 2, "vae": 2}
-update = train.Optimised.update
+train.JUDGED.update(flow=2, vae=2)
+update = Optimised.update
 
 def update_or_die(optimised, *loss):
     if optimised.path.name == "flow.safetensors":
@@ -549,30 +567,38 @@ def update_or_die(optimised, *loss):
             os.kill(os.getpid(), signal.SIGKILL)
     return update(optimised, *loss)
 
-train.Optimised.update = update_or_die
-sys.exit(main(sys.argv[1:]))
+Optimised.update = update_or_die
+for stage in ("vae", "flow"):
+    code = main(["train", stage, "--config", f"{sys.argv[1]}/{stage}.toml", *sys.argv[2:]])
+sys.exit(code)
 """
+
+
+def train_command(folder, run, stage):
+    config = ("--config", str(folder / f"{stage}.toml"))
+    return ["train", stage, *config, "--out", str(folder / run), "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with the run `whole`, and `parted`, killed in the middle and started again."""
     folder = tmp_path_factory.mktemp("train")
-    write_recipe(folder / "recipe.toml")
-    options = ["--config", str(folder / "recipe.toml"), "--threads", "1"]
-    whole, parted = (["train", "--out", str(folder / n), *options] for n in ("whole", "parted"))
+    write_recipes(folder)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, *parted]
+    options = ["--out", str(folder / "parted"), "--threads", "1"]
+    command = [sys.executable, "-c", KILLED, str(folder), *options]
     killed = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:  # fewer pictures are judged, all stages run
-        patch.setattr(train, "JUDGED", {"flow": 2, "vae": 2})
-        assert main(whole) == 0
+        for name in ("flow", "vae"):
+            patch.setitem(train.JUDGED, name, 2)
+        for stage in ("vae", "flow", "distill"):
+            assert main(train_command(folder, "whole", stage)) == 0
         _, err = killed.communicate(timeout=300)
         assert killed.returncode == -signal.SIGKILL, err.decode()
         with safe_open(folder / "parted" / "flow.safetensors", "pt") as state:
             assert state.metadata()["step"] == "2"
-        assert main(parted) == 0
+        assert main(train_command(folder, "parted", "flow")) == 0
     torch.set_num_threads(threads)
     return folder
 
@@ -591,33 +617,80 @@ def test_generate_draws_with_what_train_made_by_the_compact_models_defaults(trai
     code, out, err = fluxkern_at("generate", PROMPT, "--model", trained / "whole/weights", *size)
     assert (code, out, err) == (0, "a.png\n", "")
     found = about("a.png")
-    assert (found["steps"], found["true_cfg_scale"], found["guidance_scale"]) == (16, 3.0, None)
+    assert (found["steps"], found["true_cfg_scale"], found["guidance_scale"]) == (16, 2.0, None)
     assert found["negative_prompt"] == ""
 
 
+@pytest.mark.parametrize("name", ["dev", "schnell"])
+def test_generate_draws_with_the_students_that_train_distilled(
+    trained, fluxkern_at, monkeypatch, name
+):
+    monkeypatch.setitem(COMPACT, f"compact-{name}", trained / "whole" / name)
+    size = ("--height", 16, "--width", 16, "--seed", 1)
+    for i, model in enumerate((f"compact-{name}", trained / "whole" / name)):
+        options = ("--model", model, "--output", f"{i}.png")
+        assert fluxkern_at("generate", PROMPT, *options, *size) == (0, f"{i}.png\n", "")
+        found = about(f"{i}.png")
+        usual = found["steps"], found["true_cfg_scale"], found["guidance_scale"]
+        assert usual == ((16, 1.0, 2.0) if name == "dev" else (4, 1.0, None))
+    assert (pixels("0.png") == pixels("1.png")).all()
+
+
+def test_a_compact_model_that_is_not_in_the_package_is_refused(fluxkern_at, tmp_path, monkeypatch):
+    monkeypatch.setitem(COMPACT, "compact-dev", tmp_path / "none")
+    says = "compact-dev is not in this package"
+    assert_refused(fluxkern_at("generate", PROMPT, "--model", "compact-dev"), 2, says)
+    assert_refused(fluxkern_at("convert", "compact-dev", "out", "--to", "diffusers"), 2, says)
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.build
+def test_the_benchmark_measures_what_train_and_distill_made(trained, tmp_path):
+    folders = {"base": "weights", "dev": "dev", "schnell": "schnell"}
+    options = [f"--{name}={trained / 'whole' / folder}" for name, folder in folders.items()]
+    few = ["--count", "2", "--rounds", "1", "--threads", "1", "--steps", "20"]
+    files = ["--json", str(tmp_path / "compact.json"), "--sheets", str(tmp_path / "sheets")]
+    compact.main([*options, *few, *files])
+    assert len(list((tmp_path / "sheets").iterdir())) == 8
+    rows = {r["measure"]: r for r in json.loads((tmp_path / "compact.json").read_text())["rows"]}
+    bounded = [row for row in rows.values() if row["bound"] is not None]
+    assert len(rows) == 32 and len(bounded) == 14
+    for name in folders:
+        assert rows[f"{name}: levels between our picture and diffusers'"]["value"] <= 1
+    error = rows["dev: relative L2 of its velocity to the guided teacher's"]["value"]
+    assert 0 <= error < 1  # the student began as the teacher
+
+
 def test_train_prints_the_folder_of_finished_weights_again(trained, fluxkern_at):
-    command = ("train", "--out", trained / "whole", "--config", trained / "recipe.toml")
-    code, out, _ = fluxkern_at(*command)
+    code, out, _ = fluxkern_at(*train_command(trained, "whole", "flow"))
     assert (code, out) == (0, f"{trained / 'whole' / 'weights'}\n")
 
 
 def test_train_refuses_another_recipe_in_the_same_folder(trained, fluxkern_at, tmp_path):
-    write_recipe(tmp_path / "other.toml", seed=2)
-    command = ("train", "--out", trained / "whole", "--config", "other.toml")
+    write_recipes(tmp_path, seed=2)
+    command = ("train", "flow", "--out", trained / "whole", "--config", "flow.toml")
     assert_refused(fluxkern_at(*command), 2, "seed is 1 there, got 2")
+
+
+@pytest.mark.parametrize(("stage", "first"), [("flow", "vae"), ("distill", "flow")])
+def test_train_says_which_stage_comes_first(fluxkern_at, stage, first):
+    refused = fluxkern_at("train", stage, "--out", "run")
+    assert_refused(refused, 2, f"is missing: `fluxkern train {first}` comes first")
 
 
 def test_train_refuses_bad_input_before_it_makes_a_folder(fluxkern_at, tmp_path):
     (tmp_path / "bad.toml").write_text("seed = ")
-    assert_refused(fluxkern_at("train", "--config", "bad.toml"), 2, "not a TOML file")
-    assert_refused(fluxkern_at("train", "--config", "none.toml"), 1, "No such file")
-    assert_refused(fluxkern_at("train", "--threads", "0"), 2, "--threads must be at least 1")
+    assert_refused(fluxkern_at("train", "vae", "--config", "bad.toml"), 2, "not a TOML file")
+    assert_refused(fluxkern_at("train", "flow", "--config", "none.toml"), 1, "No such file")
+    assert_refused(fluxkern_at("train", "vae", "--threads", "0"), 2, "--threads must be at least 1")
+    if not torch.cuda.is_available():
+        assert_refused(fluxkern_at("train", "vae", "--device", "cuda"), 2, "--device must be cpu")
     assert files_below(tmp_path) == ["bad.toml"]
 
 
 def test_an_interrupted_training_says_how_it_goes_on(fluxkern_at, tmp_path):
     with interrupt():
-        code, out, err = fluxkern_at("train", "--out", "run")
+        code, out, err = fluxkern_at("train", "vae", "--out", "run")
     assert (code, out) == (130, "")
     last = err.splitlines()[-1]
     assert last == "fluxkern: interrupted; the same command goes on from there"
@@ -625,10 +698,10 @@ def test_an_interrupted_training_says_how_it_goes_on(fluxkern_at, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_training_asked_to_stop_saves_the_step_it_is_in(tmp_path, number):
-    write_recipe(tmp_path / "recipe.toml")
-    run = train.Run(tmp_path / "run", Recipe.from_file(tmp_path / "recipe.toml"))
+    write_recipes(tmp_path)
+    run = train.VaeRun(tmp_path / "run", read_recipe(VaeRecipe, tmp_path / "vae.toml"))
     weight = torch.nn.Parameter(torch.zeros(2))
-    optimised = train.Optimised(tmp_path / "state.safetensors", {"w": weight}, 0.1, 10, 0.5)
+    optimised = Optimised(tmp_path / "state.safetensors", {"w": weight}, 0.1, 10, 0.5)
 
     def backward(step):
         weight.grad = torch.ones(2)
@@ -638,7 +711,7 @@ def test_a_training_asked_to_stop_saves_the_step_it_is_in(tmp_path, number):
 
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        run._fit("stage", optimised, backward, dict, 100)
+        run.fit("stage", optimised, backward, dict, 100)
     assert signal.getsignal(number) == before
     with safe_open(tmp_path / "state.safetensors", "pt") as state:
         assert state.metadata()["step"] == "4"

@@ -13,19 +13,26 @@ from fluxkern.compact.drawings import (
     HELD_OUT,
     POSITION_WORDS,
     POSITIONS,
+    RELATION_WORDS,
+    RELATIONS,
     SHAPES,
     SIZE_WORDS,
     SIZES,
+    TEXTURE_WORDS,
+    TEXTURES,
     TRIPLES,
     Scene,
     caption,
     coverage,
     draw,
     random_scene,
+    shaded,
+    texture_coverage,
 )
 from fluxkern.compact.judge import Verdict, judge, matches
 
-FIELDS = ("shape", "colour", "size", "position", "background")
+WORDS = ("shape", "colour", "size", "position", "background")
+FIELDS = (*WORDS, "texture", "layout", "pair")
 ROWS, COLUMNS = np.mgrid[:BASE, :BASE]
 
 
@@ -36,8 +43,8 @@ def rng():
     return np.random.default_rng(seed)
 
 
-def triple(scene):
-    return scene.shape, scene.colour, scene.background
+def single(rng):
+    return random_scene(rng, objects=1)
 
 
 def noisy(picture, rng):
@@ -52,6 +59,10 @@ def painted(alpha, rng):
     _, colour, background = TRIPLES[rng.integers(len(TRIPLES))]
     low, high = np.array(COLOURS[background]), np.array(COLOURS[colour])
     return (low + alpha[..., None] * (high - low)).astype(np.uint8)
+
+
+def plain(rng, objects=1):
+    return random_scene(rng, objects=objects, texture="plain")
 
 
 def share_right(pictures, scenes):
@@ -79,25 +90,69 @@ def test_no_pair_of_words_is_wholly_held_out():
 
 
 def test_training_scenes_are_all_triples_but_the_held_out_ones(rng):
-    drawn = {triple(random_scene(rng)) for _ in range(20000)}
-    assert drawn == set(TRIPLES) - HELD_OUT
+    for objects in (1, 2):
+        scenes = [random_scene(rng, objects=objects) for _ in range(20000)]
+        assert {triple for s in scenes for triple in s.triples} == set(TRIPLES) - HELD_OUT
 
 
 def test_held_out_scenes_are_all_held_out_triples(rng):
-    assert {triple(random_scene(rng, held_out=True)) for _ in range(2000)} == HELD_OUT
+    scenes = [random_scene(rng, held_out=True) for _ in range(3000)]
+    assert {triple for s in scenes for triple in s.triples} == HELD_OUT
+    assert {s.other is None for s in scenes} == {True, False}
 
 
 def test_sizes_and_positions_occur_equally_often(rng):
-    scenes = [random_scene(rng) for _ in range(5000)]
+    scenes = [single(rng) for _ in range(5000)]
     for words, name in ((SIZES, "size"), (POSITIONS, "position")):
         counts = Counter(getattr(scene, name) for scene in scenes)
         assert set(counts) == set(words)
         assert min(counts.values()) > 0.7 * len(scenes) / len(words)
 
 
-@pytest.mark.parametrize("field", FIELDS)
+def test_scenes_are_of_every_kind(rng):
+    scenes = [random_scene(rng) for _ in range(5000)]
+    two = [scene for scene in scenes if scene.other is not None]
+    assert 0.3 < len(two) / len(scenes) < 0.4
+    assert min(Counter(scene.relation for scene in two).values()) > 0.2 * len(two)
+    textures = Counter((scene.texture, scene.other is None) for scene in scenes)
+    assert len(textures) == 6 and min(textures.values()) > 0.03 * len(scenes)
+
+
+def test_two_objects_are_never_the_same_thing(rng):
+    scenes = [random_scene(rng, objects=2) for _ in range(2000)]
+    assert all(scene.pair[0] != scene.pair[1] for scene in scenes)
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_a_pair_begins_at_the_left_or_the_top(relation):
+    scene = Scene("star", "red", "medium", "centre", "blue", "plain", relation, ("ring", "white"))
+    first = relation in ("left of", "above")
+    assert scene.pair[0] == (("star", "red") if first else ("ring", "white"))
+    assert scene.layout == ("row" if "of" in relation else "column")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"texture": "woven"}, "texture is 'woven'"),
+        ({"relation": "near"}, "relation is 'near'"),
+        ({"other": ("blob", "red")}, "shape of other is 'blob'"),
+        ({"other": ("star", "blue")}, "colour of other 'blue' equals background"),
+        ({"other": None}, "relation is 'above', but other is None"),
+        ({"relation": None}, "relation is None, but other is"),
+        ({"size": "large"}, "medium and in the centre, got large"),
+        ({"position": "top"}, "medium and in the centre, got medium, top"),
+    ],
+)
+def test_a_scene_that_cannot_be_drawn_is_refused(changes, message):
+    words = dict(zip(WORDS, ("circle", "red", "medium", "centre", "blue"), strict=True))
+    with pytest.raises(ValueError, match=message):
+        Scene(**words | {"relation": "above", "other": ("ring", "white")} | changes)
+
+
+@pytest.mark.parametrize("field", WORDS)
 def test_an_unknown_word_is_refused_by_name(field):
-    words = dict(zip(FIELDS, ("circle", "red", "small", "centre", "blue"), strict=True))
+    words = dict(zip(WORDS, ("circle", "red", "small", "centre", "blue"), strict=True))
     with pytest.raises(ValueError, match=f"{field} is 'mauve'"):
         Scene(**words | {field: "mauve"})
 
@@ -114,26 +169,30 @@ def words_of(text):
     return text.lower().replace(",", " ").replace(".", " ").split()
 
 
-def test_every_caption_names_the_shape_once_and_no_other(rng):
+def things_of(scene):
+    return [(scene.shape, scene.colour), scene.other][: 1 + (scene.other is not None)]
+
+
+def test_every_caption_names_its_shapes_once_in_their_order(rng):
     for complete in (True, False):
         for _ in range(2000):
             scene = random_scene(rng)
             words = words_of(caption(scene, rng, complete))
-            assert [w for w in words if w in SHAPES] == [scene.shape]
+            assert [w for w in words if w in SHAPES] == [shape for shape, _ in things_of(scene)]
 
 
-def test_a_complete_caption_names_both_colours_and_no_other(rng):
+def test_a_complete_caption_names_all_colours_and_no_other(rng):
     for _ in range(2000):
         scene = random_scene(rng)
         words = words_of(caption(scene, rng))
         named = sorted(w for w in words if w in COLOURS)
-        assert named == sorted((scene.colour, scene.background))
+        assert named == sorted([*(colour for _, colour in things_of(scene)), scene.background])
 
 
 def test_an_incomplete_caption_leaves_out_the_colour_or_the_background(rng):
     left_out = Counter()
     for _ in range(2000):
-        scene = random_scene(rng)
+        scene = single(rng)
         named = [w for w in words_of(caption(scene, rng, complete=False)) if w in COLOURS]
         assert len(named) == 1
         left_out["background" if named == [scene.colour] else "colour"] += 1
@@ -141,9 +200,33 @@ def test_an_incomplete_caption_leaves_out_the_colour_or_the_background(rng):
     assert min(left_out.values()) > 800
 
 
-def test_what_a_caption_does_not_say_is_the_default(rng):
+def test_an_incomplete_caption_of_two_objects_leaves_out_the_background(rng):
+    for _ in range(500):
+        scene = random_scene(rng, objects=2)
+        words = words_of(caption(scene, rng, complete=False))
+        assert [w for w in words if w in COLOURS] == [colour for _, colour in things_of(scene)]
+
+
+def test_a_caption_says_how_two_objects_stand(rng):
+    for _ in range(2000):
+        scene = random_scene(rng, objects=2)
+        text = " ".join(words_of(caption(scene, rng)))
+        said = {name for name, ws in RELATION_WORDS.items() if any(f" {w} a" in text for w in ws)}
+        assert said == {scene.relation}, text
+        assert text.index(scene.colour) < text.rindex(f"{scene.other[1]} {scene.other[0]}")
+
+
+def test_a_caption_says_the_texture_unless_it_is_plain(rng):
     for _ in range(4000):
         scene = random_scene(rng)
+        words = set(words_of(caption(scene, rng)))
+        said = {name for name, ws in TEXTURE_WORDS.items() if words & set(ws)}
+        assert said == {scene.texture} or (not said and scene.texture == "plain")
+
+
+def test_what_a_caption_does_not_say_is_the_default(rng):
+    for _ in range(4000):
+        scene = single(rng)
         text = " ".join(words_of(caption(scene, rng)))
         sizes = {name for name, words in SIZE_WORDS.items() if set(words) & set(text.split())}
         assert sizes == {scene.size} or (not sizes and scene.size == "medium")
@@ -186,7 +269,7 @@ def test_the_same_seed_gives_the_same_picture_to_the_bit():
 
 def test_a_shape_stays_off_the_edge(rng):
     for _ in range(300):
-        picture = draw(random_scene(rng), rng)
+        picture = draw(plain(rng), rng)
         frame = picture.copy()
         frame[1:-1, 1:-1] = picture[0, 0]
         assert (frame == picture[0, 0]).all()
@@ -202,6 +285,33 @@ def test_a_shape_fills_its_bounding_box_at_its_place(shape):
     assert abs((rows[0] + rows[-1] + 1) / 2 - 68) <= 1
 
 
+def test_two_objects_stay_off_each_other_and_off_the_edge(rng):
+    for _ in range(200):
+        scene = plain(rng, objects=2)
+        picture = draw(scene, rng).astype(int)
+        drawn = np.abs(picture - picture[0, 0]).sum(-1) > 0
+        assert not drawn[[0, -1]].any() and not drawn[:, [0, -1]].any()
+        middle = drawn.any(axis=0 if scene.layout == "row" else 1)[44:84]
+        assert 5 <= (~middle).sum() <= 30
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+def test_a_texture_recurs_and_covers_less_than_half(rng, texture):
+    alpha = texture_coverage(texture, *rng.uniform(0, 16, 2), BASE)
+    assert alpha.shape == (BASE, BASE) and alpha.min() >= 0 and alpha.max() <= 1
+    assert all(np.array_equal(alpha, np.roll(alpha, 16, axis)) for axis in (0, 1))
+    covered = {"plain": 0, "striped": 6 / 16, "dotted": np.pi * 4.5**2 / 16**2}[texture]
+    assert alpha.mean() == pytest.approx(covered, abs=0.01)
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_the_shade_of_a_texture_keeps_its_distance_and_its_name(colour):
+    rgb = np.array(COLOURS[colour], float)
+    assert np.linalg.norm(shaded(rgb) - rgb) == pytest.approx(50)
+    nearest = min(COLOURS, key=lambda name: np.linalg.norm(shaded(rgb) - COLOURS[name]))
+    assert nearest == colour
+
+
 def test_edges_are_smooth(rng):
     levels = np.unique(draw(Scene("circle", "black", "large", "centre", "white"), rng)[..., 0])
     assert len(levels) >= 10
@@ -215,13 +325,14 @@ def test_a_size_below_16_is_refused(rng):
 # The judge
 
 
-@pytest.mark.parametrize("spoil, least", [(None, 0.99), (noisy, 0.98), (blurred, 0.98)])
-def test_true_drawings_are_judged_right_on_all_five_attributes(rng, spoil, least):
-    scenes = [random_scene(rng, held_out=i % 4 == 0) for i in range(200)]
+@pytest.mark.parametrize("spoil", [None, noisy, blurred])
+@pytest.mark.parametrize("objects", [1, 2])
+def test_true_drawings_are_judged_right_on_every_attribute(rng, objects, spoil):
+    scenes = [random_scene(rng, held_out=i % 4 == 0, objects=objects) for i in range(150)]
     pictures = [draw(scene, rng) for scene in scenes]
     if spoil is not None:
         pictures = [spoil(picture, rng) for picture in pictures]
-    assert share_right(pictures, scenes) >= least
+    assert share_right(pictures, scenes) >= 0.99
 
 
 @pytest.mark.parametrize("size", [64, 200, 256])
@@ -233,7 +344,7 @@ def test_other_picture_sizes_are_judged_right(rng, size):
 @pytest.mark.parametrize("background", COLOURS)
 def test_a_plain_picture_shows_its_background_and_nothing_else(rng, background):
     picture = np.full((BASE, BASE, 3), COLOURS[background], dtype=np.uint8)
-    nothing = Verdict(None, None, None, None, background)
+    nothing = Verdict(None, None, None, None, background, "plain")
     assert judge(picture) == judge(noisy(picture, rng)) == nothing
 
 
@@ -263,6 +374,72 @@ def half_of(shape, rng):
     return whole * ((COLUMNS - x) * np.cos(turn) + (ROWS - y) * np.sin(turn) > 0)
 
 
+@pytest.mark.parametrize("texture", TEXTURES[1:])
+def test_a_texture_without_an_object_is_told_from_nothing(rng, texture):
+    for background in COLOURS:
+        colour = np.array(COLOURS[background], float)
+        alpha = texture_coverage(texture, *rng.uniform(0, 16, 2), BASE)[..., None]
+        picture = (colour + alpha * (shaded(colour) - colour)).astype(np.uint8)
+        nothing = Verdict(None, None, None, None, background, texture)
+        assert judge(picture) == judge(noisy(picture, rng)) == nothing
+
+
+def test_an_uneven_background_is_neither_plain_nor_textured(rng):
+    for _ in range(20):
+        stains = rng.normal(0, 1, (16, 16)).repeat(8, 0).repeat(8, 1)[..., None]
+        tile = rng.normal(0, 20, (16, 16, 1))
+        for spoiled in (25 * stains, np.tile(tile, (8, 8, 1)), 20 * (ROWS % 8 < 4)[..., None]):
+            picture = np.clip(np.full((BASE, BASE, 3), (25, 150, 50)) + spoiled, 0, 255)
+            assert judge(picture.astype(np.uint8)).texture not in TEXTURES[1:]
+
+
+def two(rng):
+    scene = plain(rng, objects=2)
+    return scene, draw(scene, rng)
+
+
+def test_two_objects_in_exchanged_places_are_wrong(rng):
+    for _ in range(40):
+        scene, picture = two(rng)
+        turned = picture[:, ::-1] if scene.layout == "row" else picture[::-1]
+        expected = (scene.pair[1], scene.pair[0])
+        colours = [thing[1] for thing in expected]
+        assert [thing[1] for thing in judge(turned).pair] == colours
+        assert not matches(judge(turned), scene)
+
+
+def test_two_objects_in_another_layout_are_wrong(rng):
+    for _ in range(40):
+        scene, picture = two(rng)
+        assert judge(picture.transpose(1, 0, 2)).layout != scene.layout
+
+
+def test_objects_on_a_diagonal_have_no_layout(rng):
+    alpha = np.maximum(coverage("square", 34, 34, 22, BASE), coverage("circle", 94, 94, 22, BASE))
+    verdict = judge(painted(alpha, rng))
+    assert verdict.layout is None and [shape for shape, _ in verdict.pair] == ["square", "circle"]
+
+
+def test_one_object_is_not_two_and_two_are_not_one(rng):
+    for _ in range(40):
+        pair, picture = two(rng)
+        one = plain(rng)
+        assert judge(picture).shape is None and judge(picture).colour is None
+        assert judge(draw(one, rng)).pair is None and judge(draw(one, rng)).layout is None
+        assert not matches(judge(picture), one) and not matches(judge(draw(one, rng)), pair)
+
+
+def test_the_second_object_is_held_to_the_rule_of_the_first(rng):
+    for _ in range(40):
+        scene, picture = two(rng)
+        if scene.pair[1][0] == "triangle":  # whose upper half is one
+            continue
+        half = picture.copy()
+        x, y = (96, 64) if scene.layout == "row" else (64, 96)
+        half[y:, x - 32 : x + 32][: 128 - y] = picture[0, 0]  # its lower part is gone
+        assert not matches(judge(half), scene, ("shape",))
+
+
 def test_random_blobs_are_no_shape(rng):
     verdicts = [judge(painted(random_blob(rng), rng)) for _ in range(200)]
     assert sum(v.shape is not None for v in verdicts) <= 10  # some blobs are round
@@ -280,7 +457,7 @@ def test_an_ellipse_is_no_circle(rng):
         assert judge(painted(inside, rng)).shape is None
 
 
-def test_two_shapes_are_no_shape(rng):
+def test_two_shapes_are_not_one_shape(rng):
     for _ in range(40):
         first, second = (coverage(SHAPES[rng.integers(6)], x, 64, 20, BASE) for x in (34, 94))
         assert judge(painted(np.maximum(first, second), rng)).shape is None
@@ -315,7 +492,7 @@ def test_what_is_not_a_square_picture_is_refused(picture):
 
 def test_matches_compares_only_the_named_fields():
     scene = Scene("star", "red", "small", "top", "blue")
-    verdict = Verdict("star", "red", None, "left", "blue")
+    verdict = Verdict("star", "red", None, "left", "blue", "plain")
     assert matches(verdict, scene)
     assert not matches(verdict, scene, ("size",))
     assert not matches(verdict, scene, ("shape", "position"))

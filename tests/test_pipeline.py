@@ -11,6 +11,7 @@ import torch
 from diffusers import FluxPipeline as DiffusersPipeline
 from tiny_flux import write_tiny_flux
 
+from fluxkern.compact.text import T5_LENGTH
 from fluxkern.model.sampling import unpack
 from fluxkern.model.transformer import Flux
 from fluxkern.pipeline import FluxPipeline
@@ -275,7 +276,7 @@ def test_callback_sees_each_step_and_may_change_the_latents(pipe):
 
     def callback(pipeline, step, timestep, tensors):
         assert pipeline is pipe
-        assert tensors["prompt_embeds"].shape == (1, 64, 32)
+        assert tensors["prompt_embeds"].shape == (1, T5_LENGTH, 32)
         seen.append((step, float(timestep)))
         return {"latents": torch.zeros_like(tensors["latents"])}
 

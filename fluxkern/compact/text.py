@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.text_encoder import save_encoder
+from ..model.text_encoder import TextEncoder, save_encoder
 from .drawings import (
     COLOURS,
     POSITIONS,
+    RELATIONS,
     SHAPES,
     SIZES,
+    TEXTURES,
     Scene,
     caption,
     random_scene,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 CLIP_LENGTH = 77
-T5_LENGTH = 64
+T5_LENGTH = 32
 WIDTH = 128
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": tuple(SHAPES),
@@ -42,6 +44,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "background": tuple(COLOURS),
     "size": tuple(SIZES),
     "position": tuple(POSITIONS),
+    "texture": TEXTURES,
+    "relation": ("none", *RELATIONS),
+    "other shape": tuple(SHAPES),
+    "other colour": tuple(COLOURS),
 }
 INCOMPLETE_SHARE = 0.1  # of the training captions
 UNSAID = -100  # the label that cross_entropy ignores
@@ -64,7 +70,7 @@ def build_tokenizers(folder: str | Path) -> Tokenizers:
     text has an exact spelling; T5's is a unigram over words and ASCII, the rest is <unk>.
 
     Args:
-        folder: gets `tokenizer/` (CLIP, 77 tokens) and `tokenizer_2/` (T5, 64 tokens).
+        folder: gets `tokenizer/` (CLIP, 77 tokens) and `tokenizer_2/` (T5, 32 tokens).
 
     Returns:
         What `load_tokenizers(folder)` returns.
@@ -237,7 +243,7 @@ def build_encoders(tokenizers: Tokenizers, seed: int = 0) -> tuple[CLIPTextModel
 def _look_nearby(t5: T5EncoderModel) -> None:
     """Start three of T5's four heads on the tokens before, after and around each token.
 
-    From a random start, 64 tokens that are mostly padding drown the neighbours, and which colour
+    From a random start, many tokens that are mostly padding drown the neighbours, and which colour
     belongs to what is still a coin's toss after 19 000 captions.
     """
     buckets = torch.arange(16)  # 0-7 are exact distances, 8-15 grow up to 128
@@ -270,6 +276,35 @@ def load_text(folder: str | Path) -> tuple[CLIPTextModel, T5EncoderModel]:
         CLIPTextModel.from_pretrained(str(Path(folder) / "text_encoder"), **options).eval(),
         T5EncoderModel.from_pretrained(str(Path(folder) / "text_encoder_2"), **options).eval(),
     )
+
+
+@torch.no_grad()
+def start_from(
+    folder: str | Path, clip: CLIPTextModel, t5: T5EncoderModel, tokenizers: Tokenizers
+) -> None:
+    """Gives encoders, in place, the weights of others; tokens that those lack keep their own.
+
+    Raises:
+        ValueError: the folder is not that of two text encoders, or a tensor has another shape.
+    """
+    start = TextEncoder.from_folder(folder)
+    theirs = (start.clip, start.clip_tokenizer), (start.t5, start.t5_tokenizer)
+    for ours, tokenizer, (old, old_tokenizer) in zip((clip, t5), tokenizers, theirs, strict=True):
+        old_ids = old_tokenizer.get_vocab()
+        pairs = [
+            (i, old_ids[token]) for token, i in tokenizer.get_vocab().items() if token in old_ids
+        ]
+        new_rows, old_rows = torch.tensor(pairs).unbind(1)
+        for mine, other in zip(ours.parameters(), old.parameters(), strict=True):
+            words = mine.shape[0] == len(tokenizer)
+            if mine.shape[words:] != other.shape[words:]:
+                raise ValueError(
+                    f"{folder}: a tensor must be {list(mine.shape)}, got {list(other.shape)}"
+                )
+            if words:
+                mine[new_rows] = other[old_rows]
+            else:
+                mine.copy_(other)
 
 
 # Pretraining
@@ -313,9 +348,9 @@ def pretrain_encoders(
 ) -> dict[str, float]:
     """Train both encoders, in place, to tell a scene's attributes from its caption.
 
-    Each minimises the mean over shape, colour, background, size and position of the cross-entropy
-    of a classifier that is thrown away: CLIP's reads the pooled vector, T5's attends to all 64
-    tokens, the padding too, as FLUX does. What a caption does not say is left out.
+    Each minimises the mean over ATTRIBUTES of the cross-entropy of a classifier that is thrown
+    away: CLIP's reads the pooled vector, T5's attends to all 32 tokens, the padding too, as FLUX
+    does. What a caption does not say is left out.
 
     Args:
         clip, t5, tokenizers: of `build_encoders` and `build_tokenizers`.
@@ -338,6 +373,7 @@ def pretrain_encoders(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         clip_heads, t5_heads = _PooledHeads(), _AttentionHeads()
+    clip_heads, t5_heads = clip_heads.to(clip.device), t5_heads.to(t5.device)
     groups = [[*clip.parameters(), *clip_heads.parameters()]]
     groups += [[*t5.parameters(), *t5_heads.parameters()]]
     optimizer = torch.optim.AdamW(
@@ -373,7 +409,7 @@ def encode(
     CLIP is causal, so its padding is only as long as the batch needs: the vector is the same.
 
     Returns:
-        txt [B, 64, 128] and vec [B, 128].
+        txt [B, 32, 128] and vec [B, 128].
     """
     clip_ids = tokenizers.clip(
         captions, padding=True, truncation=True, max_length=CLIP_LENGTH, return_tensors="pt"
@@ -405,12 +441,15 @@ def _batch(
 
 
 def _labels(scene: Scene, text: str) -> list[int]:
-    """The index of each attribute; colours that the caption leaves out are UNSAID."""
+    """The index of each attribute; what the caption leaves out is UNSAID."""
     words = re.findall(r"[a-z]+", text.lower())
+    shape, colour = scene.other or (None, None)
+    shown = vars(scene) | {"other shape": shape, "other colour": colour}
+    shown["relation"] = scene.relation or "none"
     labels = []
     for name, values in ATTRIBUTES.items():
-        value = getattr(scene, name)
-        said = name not in ("colour", "background") or value in words
+        value = shown[name]
+        said = value in words if name in ("colour", "background") else value is not None
         labels.append(values.index(value) if said else UNSAID)
     return labels
 
@@ -440,6 +479,7 @@ def _evaluate(clip, t5, clip_heads, t5_heads, tokenizers, seed, prefix, held_out
     metrics = {} if held_out else {"clip_std": vec.std().item(), "t5_std": txt.std().item()}
     for encoder, logits in (("clip", clip_heads(vec)), ("t5", t5_heads(txt))):
         for name in ATTRIBUTES:
+            said = labels[name] != UNSAID
             right = logits[name].argmax(-1).cpu() == labels[name]
-            metrics[f"{encoder}_{prefix}{name}"] = right.float().mean().item()
+            metrics[f"{encoder}_{prefix}{name}"] = right[said].float().mean().item()
     return metrics
