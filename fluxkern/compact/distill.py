@@ -214,9 +214,10 @@ def guidance_loss(
     t: Tensor,
     w: Tensor,
 ) -> Tensor:
-    """Mean square error of one pass with guidance w to the teacher's two passes.
+    """Mean square error of one pass with guidance w to the teacher's two passes, in terms of w.
 
-    img [B, L, 64], t and w [B]; a scalar with a gradient to the student alone.
+    img [B, L, 64], t and w [B]; a scalar with a gradient to the student alone. Errors grow with w:
+    undivided, the strongest guidance would have nearly all of the loss.
     """
     with torch.no_grad():
         txt, vec = encode(captions)
@@ -226,7 +227,8 @@ def guidance_loss(
             for text in ((txt, t, vec), (no_txt, t, no_vec))
         )
         target = combine_cfg(cond, uncond, w[:, None, None])
-    return F.mse_loss(velocity(student, dtype, img, txt, t, vec, w).float(), target)
+    found = velocity(student, dtype, img, txt, t, vec, w).float()
+    return F.mse_loss(found / w[:, None, None], target / w[:, None, None])
 
 
 @torch.no_grad()
