@@ -19,7 +19,7 @@ import torch
 
 from fluxkern import FluxPipeline, bench
 from fluxkern._files import write_files, write_json
-from fluxkern.compact import FEW_STEPS, GUIDANCE, STEPS, train
+from fluxkern.compact import DEV_GUIDANCE, FEW_STEPS, GUIDANCE, STEPS, train
 from fluxkern.compact.distill import GUIDANCES, velocity_error
 from fluxkern.compact.drawings import BASE, caption, random_scene
 from fluxkern.compact.evaluate import adherence, draw_sheet
@@ -53,10 +53,10 @@ class Row:
 Pipes = dict[str, FluxPipeline]
 
 
-def settings(name: str, w: float = GUIDANCE) -> dict[str, float]:
+def settings(name: str, w: float = DEV_GUIDANCE) -> dict[str, float]:
     """How a checkpoint is sampled: two passes, one with guidance, four steps."""
     return {
-        "base": {"true_cfg_scale": w, "steps": STEPS},
+        "base": {"true_cfg_scale": GUIDANCE, "steps": STEPS},
         "dev": {"true_cfg_scale": 1.0, "guidance_scale": w, "steps": STEPS},
         "schnell": {"true_cfg_scale": 1.0, "steps": FEW_STEPS},
     }[name]

@@ -158,12 +158,7 @@ def _add_generate(commands: Any) -> None:
     add("--revision", help="branch, tag or commit of ORG/NAME")
     add("--negative-prompt", metavar="TEXT", help="what to lead away from")
     add("--true-cfg-scale", type=float, metavar="S", help="two-pass guidance; compact: 2, else 1")
-    add(
-        "--guidance-scale",
-        type=float,
-        metavar="G",
-        help=f"distilled guidance; compact-dev: 2, else {GUIDANCE}",
-    )
+    add("--guidance-scale", type=float, metavar="G", help=f"distilled guidance; {GUIDANCE}")
     add("--steps", type=int, metavar="N", help=f"schnell: 4, compact: 16, else {STEPS}")
     add("--seed", type=int, metavar="N", help="of the first picture, the next has N + 1; random")
     add("--height", type=int, metavar="H", help="pixels, a multiple of 16; the model's own")
@@ -329,7 +324,7 @@ def _usual(folder: Path, config: FluxConfig) -> tuple[int, float, float]:
     name = checkpoint.variant(replace(config, guidance_embed=False))  # dev is schnell then
     steps, guidance, cfg = STEPS, GUIDANCE, 1.0
     if name == "compact":
-        steps, guidance, cfg = compact.STEPS, compact.GUIDANCE, compact.GUIDANCE
+        steps, cfg = compact.STEPS, compact.GUIDANCE
     if config.guidance_embed:
         return steps, 1.0, guidance
     schedule = checkpoint.read_json(folder / "scheduler" / "scheduler_config.json")

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._files import write_files
 from ..model.autoencoder import AutoEncoder
 from ..pipeline import FluxPipeline
-from . import GUIDANCE, STEPS
+from . import DEV_GUIDANCE, GUIDANCE, STEPS
 from .drawings import caption, draw, random_scene
 from .judge import judge, matches
 
@@ -31,7 +31,7 @@ def adherence(
     texture: str | None = None,
     steps: int = STEPS,
     true_cfg_scale: float = GUIDANCE,
-    guidance_scale: float = GUIDANCE,
+    guidance_scale: float = DEV_GUIDANCE,
 ) -> dict[str, float]:
     """How often the judge finds in a picture what its prompt asked for.
 
