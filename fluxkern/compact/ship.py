@@ -37,7 +37,7 @@ ABOUT = {
 an eighth of the size and two text encoders, in the file formats of FLUX.1, half precision, for
 pictures of 128 x 128. It is the teacher: two passes a step, with `true_cfg_scale`, 16 steps.""",
     "dev": """The teacher's two passes in one: guidance is an input beside the time, drawn from 1 to
-5 in training. 16 steps, `guidance_scale`, no `true_cfg_scale`: a negative prompt has no effect.
+5 in training. 16 steps, `guidance_scale` 3.5, no `true_cfg_scale`: a negative prompt has no effect.
 {millions:.1f} million parameters; autoencoder and text encoders are the teacher's, by links.""",
     "schnell": """The guidance-distilled student in 4 steps, without guidance. {millions:.1f}
 million parameters; autoencoder and text encoders are the teacher's, by links.""",
