@@ -15,7 +15,8 @@ from fluxkern.ops import _dispatch
 from fluxkern.pipeline import COMPACT, COMPACT_WEIGHTS, FluxPipeline
 
 COUNT = 64  # pictures
-RIGHT = {"compact-base": 0.87, "compact-dev": 0.86, "compact-schnell": 0.83}  # the cards', one object
+# one object, of the cards
+RIGHT = {"compact-base": 0.87, "compact-dev": 0.86, "compact-schnell": 0.83}
 
 
 @pytest.fixture(scope="module")
