@@ -46,7 +46,7 @@ DEVICES = {
     "cuda-host": "cpu",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FEW = 5  # numbers or tokens: of fewer, a gradient is the difference of nearly equal numbers
+FEW = 8  # numbers or tokens: of fewer, a gradient is the difference of nearly equal numbers
 BY_LSE = ("attention", "attention_lse")  # exp(score - lse) again in the backward
 BY_CUBLAS = ("linear",)  # no source of ours to run on a CPU
 PAIRS = [
