@@ -119,6 +119,7 @@ struct Attention {
     template <class Stride>
     void attend(int64_t queries_here, Stride row_stride) const {
         for (int64_t i = 0; i < TILE; ++i) top.data[i] = -__builtin_inff(), sum.data[i] = 0;
+        for (int64_t i = 0; !sizes.M && i < TILE * D; ++i) results.data[i] = 0;
         for (int64_t panel = 0; panel * WIDTH < queries_here; ++panel) transpose_queries(panel);
         for (int64_t first = 0; first < sizes.M; first += KEYS) {
             const int64_t n = sizes.M - first < KEYS ? sizes.M - first : KEYS;
