@@ -1,5 +1,6 @@
 // fluxkern_cpu: the CPU kernels as private torch ops.
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "cpu/machine.h"
 
@@ -28,7 +29,7 @@ bool runs_here(const Level& level) {
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain,
                   void (*range)(int64_t, int64_t, void*), void* state) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, range, state));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, range, state));
 }
 
 kernels::Context context = kernels::this_machine(parallel_for);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "cuda/kernels.h"
 
@@ -43,7 +44,7 @@ cudaStream_t current_stream(int32_t device) {
         reinterpret_cast<Find>(in_torch_cuda("aoti_torch_get_current_cuda_stream"));
     STD_TORCH_CHECK(find != nullptr, "this torch has no CUDA");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(find(device, &stream));
+    TORCH_ERROR_CODE_CHECK(find(device, &stream));
     return static_cast<cudaStream_t>(stream);
 }
 
