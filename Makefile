@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SETUP := $(BIN)/python setup.py --quiet
 
-.PHONY: install build build-cuda build-host wheel demo test test-build sanitize bench gpu-check check clean
+.PHONY: install build build-cuda build-emulator wheel demo test test-build sanitize bench gpu-check check clean
 
 install: $(VENV)/.installed build
 
@@ -25,8 +25,8 @@ build: $(VENV)/.installed
 build-cuda: $(VENV)/.installed
 	FLUXKERN_BUILD=cuda $(SETUP) build_ext --inplace
 
-build-host: $(VENV)/.installed
-	$(SETUP) build_host
+build-emulator: $(VENV)/.installed
+	$(SETUP) build_emulator
 
 wheel: $(VENV)/.installed
 	FLUXKERN_BUILD=$(FLUXKERN_BUILD) $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
@@ -34,7 +34,7 @@ wheel: $(VENV)/.installed
 demo: build
 	$(BIN)/fluxkern generate "a red circle on a blue background" --seed 0 --output demo.png --force
 
-test: build build-host
+test: build build-emulator
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-build: $(VENV)/.installed

@@ -1,7 +1,7 @@
 """Builds fluxkern: its Python, and the kernels of csrc/ as shared libraries without a Python ABI.
 
     python setup.py build_ext --inplace   fluxkern/_C_cpu.so, _C_cuda.so, _build_info.json
-    python setup.py build_host            fluxkern/_C_cuda_host.so: the CUDA sources run by a CPU
+    python setup.py build_emulator        fluxkern/_C_cuda_emulator.so: the CUDA sources on a CPU
 
 FLUXKERN_BUILD says what is built: cpu, cuda (and cpu), none, or auto, which builds what this
 machine can and warns of what failed. CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST, FORCE_CUDA, MAX_JOBS
@@ -214,18 +214,18 @@ def cuda_headers() -> Path:
     return headers
 
 
-def host_library(torch: Torch) -> Library:
-    """The CUDA sources as csrc/host runs them on a CPU, for tests."""
+def emulator_library(torch: Torch) -> Library:
+    """The CUDA sources as csrc/emulator runs them on a CPU, for tests."""
     compiler = find_compiler()
-    include = ["-Icsrc/host", "-isystem", str(cuda_headers())]
-    command = [*compiler, *COMMON, "-O2", *own_flags(), "-DFLUXKERN_HOST", *include]
+    include = ["-Icsrc/emulator", "-isystem", str(cuda_headers())]
+    command = [*compiler, *COMMON, "-O2", *own_flags(), "-DFLUXKERN_EMULATOR", *include]
     command += ["-Wno-unknown-pragmas", "-Wno-psabi", "-c"]
-    sources = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/host").glob("*.cpp")]
-    units = [Unit(source, "host", [*command, "-x", "c++"]) for source in sorted(sources)]
+    sources = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/emulator").glob("*.cpp")]
+    units = [Unit(source, "emulator", [*command, "-x", "c++"]) for source in sorted(sources)]
     binding = ROOT / "csrc/bindings_cuda.cpp"
-    units.append(Unit(binding, "host", [*command, *torch.flags]))
+    units.append(Unit(binding, "emulator", [*command, *torch.flags]))
     about = {"compiler": version_of(*compiler), "flags": [*COMMON, *own_flags()]}
-    return Library("_C_cuda_host", units, [*compiler, *own_flags(), "-shared"], about)
+    return Library("_C_cuda_emulator", units, [*compiler, *own_flags(), "-shared"], about)
 
 
 LIBRARIES = {"_C_cpu": cpu_library, "_C_cuda": cuda_library}
@@ -379,8 +379,8 @@ class BuildKernels(build_ext):
         return {}
 
 
-class BuildHost(Command):
-    description = "build _C_cuda_host.so, the CUDA sources run by a CPU (tests only)"
+class BuildEmulator(Command):
+    description = "build _C_cuda_emulator.so, the CUDA sources run by a CPU (tests only)"
     user_options = [("build-lib=", "b", "folder of the package it goes to (default: in place)")]
 
     def initialize_options(self) -> None:
@@ -392,10 +392,10 @@ class BuildHost(Command):
     def run(self) -> None:
         try:
             torch = find_torch()
-            library = host_library(torch)
+            library = emulator_library(torch)
             built = compile_library(library, torch)
         except CannotBuild as error:
-            raise SystemExit(f"error: _C_cuda_host: {error}") from error
+            raise SystemExit(f"error: _C_cuda_emulator: {error}") from error
         place(built, Path(self.build_lib) / "fluxkern" / f"{library.name}.so")
 
 
@@ -421,5 +421,9 @@ class WithKernels(Distribution):
 if __name__ == "__main__":
     setup(
         distclass=WithKernels,
-        cmdclass={"build_ext": BuildKernels, "build_host": BuildHost, "bdist_wheel": OneWheel},
+        cmdclass={
+            "build_ext": BuildKernels,
+            "build_emulator": BuildEmulator,
+            "bdist_wheel": OneWheel,
+        },
     )

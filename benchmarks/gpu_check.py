@@ -161,8 +161,8 @@ def chosen_tests(backend: str, dry_run: bool) -> str:
     if dry_run:
         return f"is_accurate and {FUSED}-{backend}-fp32"
     if backend == WGMMA:
-        return f"{WGMMA} and not {WGMMA}-host"
-    return f"-{backend}" + (" and not -cuda-host" if backend == "cuda" else "")
+        return f"{WGMMA} and not {WGMMA}-emulator"
+    return f"-{backend}" + (" and not -cuda-emulator" if backend == "cuda" else "")
 
 
 def outcomes(file: Path) -> dict[str, Any]:

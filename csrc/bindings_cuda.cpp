@@ -1,5 +1,5 @@
 // The private torch ops of the CUDA kernels: device, stream and errors of a launch. With
-// -DFLUXKERN_HOST the same ops on CPU tensors, run by csrc/host, for tests.
+// -DFLUXKERN_EMULATOR the same ops on CPU tensors, run by csrc/emulator, for tests.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -19,14 +19,14 @@ void check(cudaError_t error) {
     STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
 }
 
-#ifdef FLUXKERN_HOST
+#ifdef FLUXKERN_EMULATOR
 
 constexpr int MULTIPROCESSORS = 3;  // few, so that small tests have strips of several rows
 constexpr int SHARED_MEMORY = 164 << 10;
 
 template <class Launch>
 void run(const Tensor& x, Launch launch) {
-    STD_TORCH_CHECK(x.is_cpu(), "the host layer takes CPU tensors");
+    STD_TORCH_CHECK(x.is_cpu(), "the emulator takes CPU tensors");
     check(launch(kernels::Context{nullptr, MULTIPROCESSORS, SHARED_MEMORY}));
 }
 
@@ -100,21 +100,21 @@ void implement_all(torch::stable::detail::StableLibrary& library) {
 }  // namespace
 }  // namespace fluxkern::bindings
 
-#ifdef FLUXKERN_HOST
+#ifdef FLUXKERN_EMULATOR
 
-STABLE_TORCH_LIBRARY(fluxkern_cuda_host, library) {
+STABLE_TORCH_LIBRARY(fluxkern_cuda_emulator, library) {
     fluxkern::bindings::define_all(library);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fluxkern_cuda_host, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(fluxkern_cuda_emulator, CPU, library) {
     fluxkern::bindings::implement_all(library);
 }
 
-STABLE_TORCH_LIBRARY(fluxkern_cuda_wgmma_host, library) {
+STABLE_TORCH_LIBRARY(fluxkern_cuda_wgmma_emulator, library) {
     fluxkern::bindings::define_ops(library, fluxkern::bindings::WGMMA_OPS);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fluxkern_cuda_wgmma_host, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(fluxkern_cuda_wgmma_emulator, CPU, library) {
     fluxkern::bindings::implement_ops(library, fluxkern::bindings::WGMMA_OPS);
 }
 

@@ -1,4 +1,4 @@
-"""The programs of csrc/host/sanitize with another source of their kernel."""
+"""The programs of csrc/emulator/sanitize with another source of their kernel."""
 
 import os
 import runpy
@@ -20,14 +20,14 @@ def source_without(op: str, code: str, which: int = 0, instead: str = "") -> str
 
 
 def planted_programs(op: str, folder: Path) -> Callable:
-    """Runs csrc/host/sanitize/<op>.cpp with the source of the kernel that it is given."""
+    """Runs csrc/emulator/sanitize/<op>.cpp with the source of the kernel that it is given."""
     try:
         headers = SETUP["cuda_headers"]()
     except SETUP["CannotBuild"] as reason:
         pytest.skip(str(reason))
     objects: dict[str, list[Path]] = {}
-    includes = ["-Icsrc/host", "-Icsrc/cuda", "-isystem", str(headers)]
-    flags = ["-std=c++20", "-O1", "-g", "-Wno-unknown-pragmas", "-DFLUXKERN_HOST", *includes]
+    includes = ["-Icsrc/emulator", "-Icsrc/cuda", "-isystem", str(headers)]
+    flags = ["-std=c++20", "-O1", "-g", "-Wno-unknown-pragmas", "-DFLUXKERN_EMULATOR", *includes]
 
     def compiled(source: Path, more: list[str]) -> Path:
         output = folder / f"{len(list(folder.iterdir()))}.o"
@@ -38,7 +38,8 @@ def planted_programs(op: str, folder: Path) -> Callable:
     def run(kernel: str, sanitizer: str = "") -> subprocess.CompletedProcess:
         more = [f"-fsanitize={sanitizer}"] if sanitizer else []
         if sanitizer not in objects:
-            around = [ROOT / f"csrc/host/sanitize/{op}.cpp", *(ROOT / "csrc/host").glob("*.cpp")]
+            emulator = ROOT / "csrc/emulator"
+            around = [emulator / f"sanitize/{op}.cpp", *emulator.glob("*.cpp")]
             objects[sanitizer] = [compiled(source, more) for source in around]
         (folder / "planted.cu").write_text(kernel)
         planted = compiled(folder / "planted.cu", more)

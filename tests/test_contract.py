@@ -43,7 +43,7 @@ DEVICES = {
     "cpu": "cpu",
     "triton": "cuda" if GPU else "cpu",  # interpreted where there is no GPU
     "cuda": "cuda",
-    "cuda-host": "cpu",
+    "cuda-emulator": "cpu",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FEW = 8  # numbers of a row: of fewer that are nearly equal, rounding decides the gradient
@@ -54,7 +54,7 @@ PAIRS = [
     for op, case in CASES.items()
     for backend in (
         *("reference", *case.backends),
-        *(["cuda-host"] * ("cuda" in case.backends and op not in BY_CUBLAS)),
+        *(["cuda-emulator"] * ("cuda" in case.backends and op not in BY_CUBLAS)),
     )
 ]
 DIFFERENTIABLE = [(op, backend) for op, backend in PAIRS if CASES[op].moved_backward]

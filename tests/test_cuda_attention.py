@@ -12,14 +12,14 @@ from fluxkern import reference
 from fluxkern.ops import _dispatch, attention, attention_lse, rope_attention
 from fluxkern.testing import assert_accurate
 
-HOST = "cuda-host"
+EMULATOR = "cuda-emulator"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
 @pytest.fixture
 def built() -> None:
-    if reason := _dispatch.load_reason(HOST):
+    if reason := _dispatch.load_reason(EMULATOR):
         pytest.skip(reason)
 
 
@@ -35,7 +35,7 @@ def test_sums_over_many_tiles_of_keys(built, scale: float, dim: int, dtype: torc
     q, k, v = heads(40, dim, dtype, scale), heads(201, dim, dtype), heads(201, dim, dtype)
     truth = reference.attention_lse(q.double(), k.double(), v.double())
     own = reference.attention_lse(q, k, v)
-    found = attention_lse(q, k, v, backend=HOST)
+    found = attention_lse(q, k, v, backend=EMULATOR)
     for name, *three in zip(("out", "lse"), found, truth, own, strict=True):
         assert_accurate(*three, what=name)
 
@@ -43,7 +43,7 @@ def test_sums_over_many_tiles_of_keys(built, scale: float, dim: int, dtype: torc
 @every_dtype
 def test_no_keys_give_zeros(built, dtype: torch.dtype):
     none = heads(0, 64, dtype)
-    out, lse = attention_lse(heads(5, 64, dtype), none, none, backend=HOST)
+    out, lse = attention_lse(heads(5, 64, dtype), none, none, backend=EMULATOR)
     assert not out.any() and bool((lse == -math.inf).all())
 
 
@@ -51,9 +51,9 @@ def test_no_keys_give_zeros(built, dtype: torch.dtype):
 @pytest.mark.parametrize("dim", [64, 10])
 def test_nan_stays_in_its_row_of_queries(built, dim: int, dtype: torch.dtype):
     q, k, v = heads(40, dim, dtype), heads(70, dim, dtype), heads(70, dim, dtype)
-    expected = attention(q, k, v, backend=HOST)
+    expected = attention(q, k, v, backend=EMULATOR)
     q[:, 7] = math.nan
-    out = attention(q, k, v, backend=HOST)
+    out = attention(q, k, v, backend=EMULATOR)
     others = torch.arange(40) != 7
     assert out[:, 7].isnan().all() and torch.equal(out[:, others], expected[:, others])
 
@@ -64,8 +64,8 @@ def test_a_key_of_minus_infinite_score_has_no_weight(built, dim: int, dtype: tor
     q, k, v = heads(3, dim, dtype).abs(), heads(99, dim, dtype), heads(99, dim, dtype)
     k[:, :70, :, 0] = -math.inf  # a whole tile, and more
     torch.testing.assert_close(
-        attention(q, k, v, backend=HOST),
-        attention(q, k[:, 70:], v[:, 70:], backend=HOST),
+        attention(q, k, v, backend=EMULATOR),
+        attention(q, k[:, 70:], v[:, 70:], backend=EMULATOR),
     )
 
 
@@ -77,7 +77,7 @@ def test_rows_that_are_not_aligned_are_taken(built, dtype: torch.dtype):
     angle = torch.randn(37, 32)
     args = (q, k, v, *weights, angle.cos(), angle.sin())
     truth = reference.rope_attention(*(t.double() for t in args))
-    assert_accurate(rope_attention(*args, backend=HOST), truth, reference.rope_attention(*args))
+    assert_accurate(rope_attention(*args, backend=EMULATOR), truth, reference.rope_attention(*args))
 
 
 # waits and barriers

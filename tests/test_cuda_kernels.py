@@ -8,7 +8,8 @@ from fluxkern.ops import _dispatch
 from fluxkern.testing import assert_accurate, gradients, widened
 
 pytestmark = pytest.mark.skipif(
-    _dispatch.load_reason("cuda-host") is not None, reason="no _C_cuda_host: make build-host"
+    _dispatch.load_reason("cuda-emulator") is not None,
+    reason="no _C_cuda_emulator: make build-emulator",
 )
 DTYPES = [torch.float32, torch.bfloat16]
 PICTURES = {  # B, C, H, W, groups
@@ -34,7 +35,7 @@ def test_group_norm_silu_of_any_picture(name: str, layout: torch.memory_format, 
     args = {"x": x, "weight": weight, "bias": bias, "num_groups": groups}
 
     def run(**args: object) -> torch.Tensor:
-        return ops.group_norm_silu(**args, backend="cuda-host")
+        return ops.group_norm_silu(**args, backend="cuda-emulator")
 
     plain = reference.group_norm_silu
     out = run(**args)

@@ -16,9 +16,9 @@ from fluxkern.cases import CASES, Maker, Sizes
 from fluxkern.ops import _dispatch, attention, attention_lse, measured
 from fluxkern.testing import assert_accurate, gradients
 
-HOST, GPU = "cuda-wgmma-host", "cuda-wgmma"
+EMULATOR, GPU = "cuda-wgmma-emulator", "cuda-wgmma"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-every_backend = pytest.mark.parametrize("backend", [HOST, GPU])
+every_backend = pytest.mark.parametrize("backend", [EMULATOR, GPU])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
@@ -187,9 +187,9 @@ def test_what_it_does_not_take_is_refused_by_reason(backend: str, change: Callab
 
 
 def test_the_launcher_refuses_what_it_does_not_take_too():
-    q = odd_rows(heads(HOST, 5, 64, torch.bfloat16))
+    q = odd_rows(heads(EMULATOR, 5, 64, torch.bfloat16))
     with pytest.raises(RuntimeError, match="CUDA"):
-        torch.ops.fluxkern_cuda_wgmma_host.attention(q, q, q, q.new_empty(q.shape))
+        torch.ops.fluxkern_cuda_wgmma_emulator.attention(q, q, q, q.new_empty(q.shape))
 
 
 # when it is chosen

@@ -1,8 +1,9 @@
 """The kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 
-The CUDA sources run as csrc/host/sanitize has it, a program an op. The CPU kernels run the contract
-in a package whose objects are instrumented; Python and torch are not, so the sanitizer's runtime is
-preloaded, and for ThreadSanitizer threads that it sees (parallel_for.cpp) take the place of OpenMP.
+The CUDA sources run as csrc/emulator/sanitize has it, a program an op. The CPU kernels run the
+contract in a package whose objects are instrumented; Python and torch are not, so the sanitizer's
+runtime is preloaded, and for ThreadSanitizer threads that it sees (parallel_for.cpp) take the place
+of OpenMP.
 """
 
 import os
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.sanitize
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_of_fluxkern")
 SANITIZERS = ("address,undefined", "thread")
-OPS = sorted(path.stem for path in (ROOT / "csrc/host/sanitize").glob("*.cpp"))
+OPS = sorted(path.stem for path in (ROOT / "csrc/emulator/sanitize").glob("*.cpp"))
 KERNELS = sorted(path.stem for path in (ROOT / "csrc/cpu").glob("*.cpp"))
 OPTIONS = {
     # leaks are Python's own; new memory holds NaN, so that scratch is written before it is read
@@ -63,14 +64,14 @@ def cuda_headers() -> Path:
 @every_sanitizer
 @pytest.mark.parametrize("op", OPS)
 def test_a_cuda_kernel_is_clean(op: str, sanitizer: str, cuda_headers: Path, tmp_path: Path):
-    layer = (ROOT / "csrc/host").glob("*.cpp")
-    sources = (f"csrc/host/sanitize/{op}.cpp", f"csrc/cuda/{op}.cu", *layer)
-    includes = ("-Icsrc/host", "-isystem", cuda_headers)
+    layer = (ROOT / "csrc/emulator").glob("*.cpp")
+    sources = (f"csrc/emulator/sanitize/{op}.cpp", f"csrc/cuda/{op}.cu", *layer)
+    includes = ("-Icsrc/emulator", "-isystem", cuda_headers)
     program = tmp_path / op
     compile_with(
         *flags(sanitizer),
         "-Wno-unknown-pragmas",
-        "-DFLUXKERN_HOST",
+        "-DFLUXKERN_EMULATOR",
         *includes,
         "-x",
         "c++",

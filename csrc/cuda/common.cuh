@@ -198,10 +198,10 @@ __device__ T* row_of(const Rows& x, int64_t b) {
 // sums
 
 // Shared memory: one struct a kernel, of the size given at the launch.
-#ifdef FLUXKERN_HOST
+#ifdef FLUXKERN_EMULATOR
 template <class Storage>
 Storage& shared() {
-    return *static_cast<Storage*>(host::self().shared);
+    return *static_cast<Storage*>(emulator::self().shared);
 }
 #else
 template <class Storage>

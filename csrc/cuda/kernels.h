@@ -3,7 +3,7 @@
 //
 //   nvcc -std=c++20 -O3 -Xcompiler=-fPIC -gencode=arch=compute_80,code=sm_80 ... -c
 //
-// and link with cudart; for g++ and a CPU see csrc/host/cuda_runtime.h.
+// and link with cudart; for g++ and a CPU see csrc/emulator/cuda_runtime.h.
 #pragma once
 
 #include <driver_types.h>

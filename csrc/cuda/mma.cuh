@@ -5,11 +5,11 @@
 //   b [16, 8]   column g at rows 2 t, 2 t + 8 (and the next)
 //   c [16, 8]   fp32: rows g, g, g + 8, g + 8 at columns 2 t, 2 t + 1, 2 t, 2 t + 1
 //
-// (PTX ISA, mma.m16n8k16). For g++ and a CPU the same comes from csrc/host/warp.h.
+// (PTX ISA, mma.m16n8k16). For g++ and a CPU the same comes from csrc/emulator/warp.h.
 #pragma once
 
 #include "common.cuh"
-#ifdef FLUXKERN_HOST
+#ifdef FLUXKERN_EMULATOR
 #include "warp.h"
 #endif
 
@@ -24,27 +24,27 @@ __device__ uint32_t pack_pair(float a, float b) {
     return bits;
 }
 
-#ifdef FLUXKERN_HOST
+#ifdef FLUXKERN_EMULATOR
 
 inline void copy_async(Chunk* to, const void* from, bool there) {
-    host::start_copy(to, there ? from : nullptr, sizeof(Chunk));
+    emulator::start_copy(to, there ? from : nullptr, sizeof(Chunk));
 }
 
 inline void wait_for_copies() {
-    host::finish_copies();
+    emulator::finish_copies();
 }
 
 inline void load_matrices(uint32_t (&out)[4], const Chunk* row) {
-    host::load_matrices(out, row);
+    emulator::load_matrices(out, row);
 }
 
 inline void load_transposed(uint32_t (&out)[4], const Chunk* row) {
-    host::load_transposed(out, row);
+    emulator::load_transposed(out, row);
 }
 
 template <class T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    host::multiply_add(c, a, b0, b1, [](uint32_t bits) {
+    emulator::multiply_add(c, a, b0, b1, [](uint32_t bits) {
         typename Pair<T>::type pair;
         memcpy(static_cast<void*>(&pair), &bits, sizeof(bits));
         return widen(pair);
@@ -52,7 +52,7 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 
 inline bool any_lane(bool v) {
-    return host::any_lane(v);
+    return emulator::any_lane(v);
 }
 
 inline float exp2_estimate(float x) {

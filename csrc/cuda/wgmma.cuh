@@ -1,12 +1,12 @@
 // What sm_90a adds: tiles of a tensor copied to shared memory by one thread (TMA), barriers that
 // count their bytes, products of 128 threads that run on by themselves. Sections of the PTX ISA are
-// named where they say what bits mean. For g++ and a CPU the same comes from csrc/host/wgmma.h.
+// named where they say what bits mean. For g++ and a CPU the same comes from csrc/emulator/wgmma.h.
 #pragma once
 
 #include <cuda.h>
 
 #include "mma.cuh"
-#ifdef FLUXKERN_HOST
+#ifdef FLUXKERN_EMULATOR
 #include "wgmma.h"
 #endif
 
@@ -36,10 +36,10 @@ __device__ constexpr uint64_t matrix_at(unsigned address, unsigned leading, unsi
            (address & 0x3ffff) >> 4;
 }
 
-#ifdef FLUXKERN_HOST
+#ifdef FLUXKERN_EMULATOR
 
 inline unsigned address_of(const void* p) {
-    return host::shared_address(p);
+    return emulator::shared_address(p);
 }
 
 template <class Storage>
@@ -48,26 +48,26 @@ Storage& atoms() {
 }
 
 inline void start(Barrier& barrier, int arrivals) {
-    host::start_barrier(&barrier, arrivals);
+    emulator::start_barrier(&barrier, arrivals);
 }
 
 inline void show_barriers() {}
 
 inline void arrive(Barrier& barrier) {
-    host::arrive(&barrier, 0);
+    emulator::arrive(&barrier, 0);
 }
 
 inline void arrive_expecting(Barrier& barrier, int bytes) {
-    host::arrive(&barrier, bytes);
+    emulator::arrive(&barrier, bytes);
 }
 
 inline void wait_for(Barrier& barrier, unsigned parity, Site site = Site::here()) {
-    host::wait_for_phase(&barrier, parity, site);
+    emulator::wait_for_phase(&barrier, parity, site);
 }
 
 inline void load_box(void* to, const CUtensorMap& map, int d, int l, int h, int b,
                      Barrier& barrier) {
-    host::load_box(to, map, {d, l, h, b}, &barrier);
+    emulator::load_box(to, map, {d, l, h, b}, &barrier);
 }
 
 template <int REGISTERS>
@@ -77,24 +77,24 @@ template <int REGISTERS>
 void take_registers() {}
 
 inline void meet(int barrier, int threads, Site site = Site::here()) {
-    host::named_barrier(barrier, threads, true, site);
+    emulator::named_barrier(barrier, threads, true, site);
 }
 
 inline void announce(int barrier, int threads, Site site = Site::here()) {
-    host::named_barrier(barrier, threads, false, site);
+    emulator::named_barrier(barrier, threads, false, site);
 }
 
 inline void begin_products() {
-    host::begin_products();
+    emulator::begin_products();
 }
 
 inline void end_products() {
-    host::end_products();
+    emulator::end_products();
 }
 
 template <int LEFT>
 void wait_for_products(Site site = Site::here()) {
-    host::wait_for_products(LEFT, site);
+    emulator::wait_for_products(LEFT, site);
 }
 
 template <class Register>
@@ -109,12 +109,12 @@ float2 widened(uint32_t bits) {
 
 template <class T, int COUNT>
 void multiply(float (&c)[COUNT], uint64_t a, uint64_t b, bool add) {
-    host::start_product({c, COUNT, nullptr, a, b, false, add, widened<T>});
+    emulator::start_product({c, COUNT, nullptr, a, b, false, add, widened<T>});
 }
 
 template <class T, int COUNT>
 void multiply_transposed(float (&c)[COUNT], const uint32_t* a, uint64_t b) {
-    host::start_product({c, COUNT, a, 0, b, true, true, widened<T>});
+    emulator::start_product({c, COUNT, a, 0, b, true, true, widened<T>});
 }
 
 #else

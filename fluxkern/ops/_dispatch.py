@@ -27,16 +27,16 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order of an op that has
 PROVIDERS = ("cudnn", "flash3", "flash")  # of attention: kernels of others, on a GPU
 VARIANTS = {"cuda-wgmma": "cuda"}  # second kernels, chosen where the package shows them faster than
 VARIANT_OPS = ("attention", "attention_lse", "rope_attention")
-NAMED_ONLY = ("cuda-host", "cuda-wgmma-host")  # the CUDA sources run on a CPU, for tests
+NAMED_ONLY = ("cuda-emulator", "cuda-wgmma-emulator")  # the CUDA sources run on a CPU, for tests
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of every kernel
 _PACKAGE = Path(__file__).parents[1]
 _KERNELS = f"{__package__.rpartition('.')[0]}.kernels"
 _OBJECTS = {  # backend -> compiled object, library of its ops, device of its tensors
     "cpu": ("_C_cpu", "fluxkern_cpu", "cpu"),
     "cuda": ("_C_cuda", "fluxkern_cuda", "cuda"),
-    "cuda-host": ("_C_cuda_host", "fluxkern_cuda_host", "cpu"),
+    "cuda-emulator": ("_C_cuda_emulator", "fluxkern_cuda_emulator", "cpu"),
     "cuda-wgmma": ("_C_cuda", "fluxkern_cuda_wgmma", "cuda"),
-    "cuda-wgmma-host": ("_C_cuda_host", "fluxkern_cuda_wgmma_host", "cpu"),
+    "cuda-wgmma-emulator": ("_C_cuda_emulator", "fluxkern_cuda_wgmma_emulator", "cpu"),
 }
 
 
@@ -118,7 +118,7 @@ def ours(backend: str | None) -> str | None:
     """The backend for the ops beside attention, where attention's was named."""
     if backend in PROVIDERS:
         return None
-    return {"cuda-wgmma-host": "cuda-host"}.get(backend, VARIANTS.get(backend, backend))
+    return {"cuda-wgmma-emulator": "cuda-emulator"}.get(backend, VARIANTS.get(backend, backend))
 
 
 def define(schema: str, reference: Callable, fake: Callable) -> Callable:

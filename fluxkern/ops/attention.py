@@ -62,7 +62,7 @@ def _against_cuda(*args: Tensor | None) -> str | None:
     )
 
 
-def _against_wgmma_host(*args: Tensor) -> str | None:
+def _against_wgmma_emulator(*args: Tensor) -> str | None:
     """Against what csrc/cuda/attention_wgmma.cu does not take: TMA finds rows by 16 bytes."""
     if not args:
         return None
@@ -86,15 +86,15 @@ def _against_wgmma(*args: Tensor) -> str | None:
         return f"takes compute capability 9.0, got {'.'.join(map(str, capability))}"
     if "9.0a" not in _dispatch.build_info().get("_C_cuda", {}).get("architectures", ()):
         return "_C_cuda.so was built without 9.0a"
-    return _against_wgmma_host(*args)
+    return _against_wgmma_emulator(*args)
 
 
-_dispatch.limits |= {"cuda-wgmma": _against_wgmma, "cuda-wgmma-host": _against_wgmma_host}
+_dispatch.limits |= {"cuda-wgmma": _against_wgmma, "cuda-wgmma-emulator": _against_wgmma_emulator}
 _ON_CPU, _ON_CUDA = _dispatch.on_cpu(_backward_on_cpu), _dispatch.on_cuda(_backward_on_cuda)
 for _backend in (
     _ON_CPU,
-    replace(_ON_CPU, name="cuda-host", only_named="it is the cpu backend's"),
-    replace(_ON_CPU, name="cuda-wgmma-host", only_named="it is the cpu backend's"),
+    replace(_ON_CPU, name="cuda-emulator", only_named="it is the cpu backend's"),
+    replace(_ON_CPU, name="cuda-wgmma-emulator", only_named="it is the cpu backend's"),
     replace(_ON_CUDA, unsupported=_against_cuda),
     replace(_ON_CUDA, name="cuda-wgmma", unsupported=_against_cuda),
 ):

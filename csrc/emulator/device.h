@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <functional>
 
-namespace fluxkern::host {
+namespace fluxkern::emulator {
 
 constexpr int WARP = 32;
 constexpr int WORDS = 4;    // that a lane may bring when its warp meets
@@ -99,4 +99,4 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
 cudaError_t allow_shared(const void* kernel, int bytes);
 const char* why(cudaError_t error);
 
-}  // namespace fluxkern::host
+}  // namespace fluxkern::emulator

@@ -1,11 +1,11 @@
 // What a .cu file finds instead of the toolkit's cuda_runtime.h when g++ compiles it for a CPU:
 //
-//   g++ -std=c++20 -O2 -Wno-unknown-pragmas -DFLUXKERN_HOST -Icsrc/host
+//   g++ -std=c++20 -O2 -Wno-unknown-pragmas -DFLUXKERN_EMULATOR -Icsrc/emulator
 //       -isystem $CUDA_HOME/include -x c++ -c csrc/cuda/<op>.cu
 //
-// together with csrc/host/*.cpp. cuda_bf16.h, cuda_fp16.h and the vector types are the
+// together with csrc/emulator/*.cpp. cuda_bf16.h, cuda_fp16.h and the vector types are the
 // toolkit's own. Shared memory is dynamic only: it lies on the heap, exactly as large as the launch
-// says, new for each block and filled with NaN. FLUXKERN_HOST_REVERSE=1 runs blocks and threads
+// says, new for each block and filled with NaN. FLUXKERN_EMULATOR_REVERSE=1 runs blocks and threads
 // from the last to the first.
 #pragma once
 
@@ -26,7 +26,7 @@
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
-namespace fluxkern::host {
+namespace fluxkern::emulator {
 
 template <uint3 Thread::*FIELD, unsigned uint3::*AXIS>
 struct Coordinate {
@@ -42,21 +42,21 @@ struct Index {
     Coordinate<FIELD, &uint3::z> z;
 };
 
-}  // namespace fluxkern::host
+}  // namespace fluxkern::emulator
 
-using fluxkern::host::Site;
+using fluxkern::emulator::Site;
 
-inline constexpr fluxkern::host::Index<&fluxkern::host::Thread::index> threadIdx = {};
-inline constexpr fluxkern::host::Index<&fluxkern::host::Thread::block_index> blockIdx = {};
-inline constexpr fluxkern::host::Index<&fluxkern::host::Thread::block_dim> blockDim = {};
-inline constexpr fluxkern::host::Index<&fluxkern::host::Thread::grid_dim> gridDim = {};
+inline constexpr fluxkern::emulator::Index<&fluxkern::emulator::Thread::index> threadIdx = {};
+inline constexpr fluxkern::emulator::Index<&fluxkern::emulator::Thread::block_index> blockIdx = {};
+inline constexpr fluxkern::emulator::Index<&fluxkern::emulator::Thread::block_dim> blockDim = {};
+inline constexpr fluxkern::emulator::Index<&fluxkern::emulator::Thread::grid_dim> gridDim = {};
 
 inline void __syncthreads(Site site = Site::here()) {
-    fluxkern::host::block_barrier(site);
+    fluxkern::emulator::block_barrier(site);
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffff, Site site = Site::here()) {
-    fluxkern::host::warp_barrier(mask, site);
+    fluxkern::emulator::warp_barrier(mask, site);
 }
 
 template <class T>
@@ -64,7 +64,7 @@ T __shfl_sync(unsigned mask, T value, int source, int = 32, Site site = Site::he
     static_assert(sizeof(T) <= 8);
     uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof(T));
-    bits = fluxkern::host::exchange(mask, source & 31, bits, site);
+    bits = fluxkern::emulator::exchange(mask, source & 31, bits, site);
     std::memcpy(&value, &bits, sizeof(T));
     return value;
 }
@@ -72,24 +72,24 @@ T __shfl_sync(unsigned mask, T value, int source, int = 32, Site site = Site::he
 // The source lane lies in the same group of `width` lanes, else a lane keeps its own value.
 template <class T>
 T shuffle_within(unsigned mask, T value, int source, int width, Site site) {
-    const int lane = fluxkern::host::lane();
+    const int lane = fluxkern::emulator::lane();
     const bool inside = source >= 0 && source / width == lane / width;
     return __shfl_sync(mask, value, inside ? source : lane, 32, site);
 }
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, Site site = Site::here()) {
-    return shuffle_within(mask, value, fluxkern::host::lane() ^ bits, width, site);
+    return shuffle_within(mask, value, fluxkern::emulator::lane() ^ bits, width, site);
 }
 
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, int by, int width = 32, Site site = Site::here()) {
-    return shuffle_within(mask, value, fluxkern::host::lane() + by, width, site);
+    return shuffle_within(mask, value, fluxkern::emulator::lane() + by, width, site);
 }
 
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, int by, int width = 32, Site site = Site::here()) {
-    return shuffle_within(mask, value, fluxkern::host::lane() - by, width, site);
+    return shuffle_within(mask, value, fluxkern::emulator::lane() - by, width, site);
 }
 
 inline void __trap() {
@@ -119,11 +119,11 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
     const std::tuple<Parameters...> given(std::forward<Arguments>(arguments)...);
-    return fluxkern::host::launch(*config, reinterpret_cast<const void*>(kernel),
+    return fluxkern::emulator::launch(*config, reinterpret_cast<const void*>(kernel),
                                   [&] { std::apply(kernel, given); });
 }
 
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
-    return fluxkern::host::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+    return fluxkern::emulator::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
 }

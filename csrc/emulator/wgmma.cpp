@@ -9,7 +9,7 @@
 
 #define UNSEEN __attribute__((no_sanitize("thread")))
 
-namespace fluxkern::host {
+namespace fluxkern::emulator {
 namespace {
 
 constexpr int BARRIERS = 16, LOADS = 64, PRODUCTS = 32, THREADS = 1024, AXES = 4;
@@ -382,13 +382,13 @@ UNSEEN void wait_for_products(int left, Site site) {
     warp_barrier(~0u, site);  // products are of a warp, so they end for all of its lanes
 }
 
-}  // namespace fluxkern::host
+}  // namespace fluxkern::emulator
 
 // The driver's functions that the launchers use
 
 namespace {
 
-using fluxkern::host::Map;
+using fluxkern::emulator::Map;
 
 // What cuTensorMapEncodeTiled says of its arguments, of four axes of 16 bits swizzled by 128 bytes.
 bool is_map(uint32_t axes, const void* data, const cuuint64_t* sizes, const cuuint64_t* strides,

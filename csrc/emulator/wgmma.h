@@ -10,7 +10,7 @@
 
 #include "device.h"
 
-namespace fluxkern::host {
+namespace fluxkern::emulator {
 
 struct Product {  // 64 x 16 by 16 x N, by four warps
     float* c;
@@ -35,4 +35,4 @@ void begin_products();
 void end_products();
 void wait_for_products(int left, Site site);
 
-}  // namespace fluxkern::host
+}  // namespace fluxkern::emulator

@@ -68,13 +68,13 @@ ASAN, TSAN = "address,undefined", "thread"
 @pytest.fixture(scope="module")
 def include() -> list[str]:
     try:
-        return ["-I", str(ROOT / "csrc/host"), "-isystem", str(SETUP["cuda_headers"]())]
+        return ["-I", str(ROOT / "csrc/emulator"), "-isystem", str(SETUP["cuda_headers"]())]
     except SETUP["CannotBuild"] as reason:
         pytest.skip(str(reason))
 
 
 def compiled(source: Path, include: list[str], sanitizer: str | None, output: Path) -> Path:
-    flags = ["-std=c++20", "-O0", "-g", "-Wno-unknown-pragmas", "-DFLUXKERN_HOST", *include]
+    flags = ["-std=c++20", "-O0", "-g", "-Wno-unknown-pragmas", "-DFLUXKERN_EMULATOR", *include]
     flags += [f"-fsanitize={sanitizer}"] if sanitizer else []
     command = ["g++", *flags, "-x", "c++", str(source), "-c", "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -85,7 +85,7 @@ def compiled(source: Path, include: list[str], sanitizer: str | None, output: Pa
 @pytest.fixture(scope="module")
 def build(include: list[str], tmp_path_factory: pytest.TempPathFactory):
     """The program for a sanitizer, with an edit of common.cuh; each is built once."""
-    folder, built = tmp_path_factory.mktemp("cuda_host"), {}
+    folder, built = tmp_path_factory.mktemp("cuda_emulator"), {}
 
     def once(key: tuple, make) -> Path:
         if key not in built:
@@ -94,7 +94,7 @@ def build(include: list[str], tmp_path_factory: pytest.TempPathFactory):
 
     def build(sanitizer: str | None = None, edit: tuple[str, str] = ("", "")) -> Path:
         def layer(output: Path) -> Path:
-            source = ROOT / "csrc/host/device.cpp"
+            source = ROOT / "csrc/emulator/device.cpp"
             return compiled(source, include, sanitizer, output / "device.o")
 
         def program(output: Path) -> Path:
@@ -118,7 +118,7 @@ def build(include: list[str], tmp_path_factory: pytest.TempPathFactory):
 def run(program: Path, bug: int = 0, reverse: bool = False) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["setarch", "--addr-no-randomize", program, str(bug)],
-        env={**os.environ, "FLUXKERN_HOST_REVERSE": str(int(reverse))},
+        env={**os.environ, "FLUXKERN_EMULATOR_REVERSE": str(int(reverse))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -2,8 +2,8 @@
 // heap block of its own, inputs of random numbers, outputs that start as NaN and must not stay it.
 //
 //   g++ -std=c++20 -O1 -g -fsanitize=address,undefined (or thread) -Wno-unknown-pragmas
-//       -DFLUXKERN_HOST -Icsrc/host -isystem $CUDA_HOME/include -x c++
-//       csrc/host/sanitize/<op>.cpp csrc/cuda/<op>.cu csrc/host/*.cpp
+//       -DFLUXKERN_EMULATOR -Icsrc/emulator -isystem $CUDA_HOME/include -x c++
+//       csrc/emulator/sanitize/<op>.cpp csrc/cuda/<op>.cu csrc/emulator/*.cpp
 //
 // The program ends with 0 when every launch came back, every output is written, and blocks and
 // threads from the last to the first give the same bits.
@@ -136,7 +136,7 @@ inline float* scratch(Buffers& buffers, int64_t floats) {  // exactly as large a
 inline void check(const char* op, Buffers& buffers, const std::function<cudaError_t()>& run) {
     std::vector<unsigned char> results[2];
     for (const bool reverse : {false, true}) {
-        setenv("FLUXKERN_HOST_REVERSE", reverse ? "1" : "0", 1);
+        setenv("FLUXKERN_EMULATOR_REVERSE", reverse ? "1" : "0", 1);
         buffers.poison_outputs();
         const cudaError_t error = run();
         if (error != cudaSuccess) {

@@ -7,7 +7,7 @@
 
 #include "device.h"
 
-namespace fluxkern::host {
+namespace fluxkern::emulator {
 
 // What every lane brought; valid until the warp meets again.
 template <class T>
@@ -83,4 +83,4 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     }
 }
 
-}  // namespace fluxkern::host
+}  // namespace fluxkern::emulator

@@ -22,7 +22,7 @@
 // What the layer itself reads and writes is no part of the kernels that TSan looks at.
 #define UNSEEN __attribute__((no_sanitize("thread")))
 
-namespace fluxkern::host {
+namespace fluxkern::emulator {
 namespace {
 
 constexpr size_t PAGE = 4096;
@@ -31,13 +31,13 @@ constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
 constexpr size_t SHARED_AT_MOST = 227 << 10;  // sm_90, sm_100
 
 // Saves the registers that a function must keep, changes the stack and takes back those left there.
-extern "C" void fluxkern_host_switch(void** save, void* load);
+extern "C" void fluxkern_emulator_switch(void** save, void* load);
 asm(R"(
 .text
-.globl fluxkern_host_switch
-.hidden fluxkern_host_switch
-.type fluxkern_host_switch, @function
-fluxkern_host_switch:
+.globl fluxkern_emulator_switch
+.hidden fluxkern_emulator_switch
+.type fluxkern_emulator_switch, @function
+fluxkern_emulator_switch:
     pushq %rbp
     pushq %rbx
     pushq %r12
@@ -53,7 +53,7 @@ fluxkern_host_switch:
     popq %rbx
     popq %rbp
     ret
-.size fluxkern_host_switch, .-fluxkern_host_switch
+.size fluxkern_emulator_switch, .-fluxkern_emulator_switch
 )");
 
 #if defined(__SANITIZE_THREAD__)
@@ -96,7 +96,7 @@ UNSEEN void change_stack(void** save, void* load, [[maybe_unused]] void** asan_s
 #if defined(__SANITIZE_THREAD__)
     __tsan_switch_to_fiber(tsan_fiber, __tsan_switch_to_fiber_no_sync);
 #endif
-    fluxkern_host_switch(save, load);
+    fluxkern_emulator_switch(save, load);
 }
 
 UNSEEN void after_change([[maybe_unused]] void* asan_stack) {
@@ -264,7 +264,7 @@ UNSEEN std::string divergence(int threads) {
 // a block, a launch
 
 UNSEEN bool backwards() {
-    const char* const value = std::getenv("FLUXKERN_HOST_REVERSE");
+    const char* const value = std::getenv("FLUXKERN_EMULATOR_REVERSE");
     return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
@@ -496,8 +496,8 @@ const char* why(cudaError_t error) {
     return message.c_str();
 }
 
-}  // namespace fluxkern::host
+}  // namespace fluxkern::emulator
 
 extern "C" const char* cudaGetErrorString(cudaError_t error) {
-    return fluxkern::host::why(error);
+    return fluxkern::emulator::why(error);
 }
