@@ -38,8 +38,8 @@ test: build build-emulator
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-build: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m build tests/test_build.py tests/test_cuda_budgets.py \
-		tests/test_budgets.py tests/test_using_the_kernels.py
+	$(BIN)/python -m pytest -q -m build tests/test_build.py tests/test_older_torch.py \
+		tests/test_cuda_budgets.py tests/test_budgets.py tests/test_using_the_kernels.py
 
 sanitize: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m sanitize tests/test_sanitizers.py tests/test_cuda_attention.py tests/test_cuda_wgmma.py

@@ -94,7 +94,11 @@ def find_torch() -> Torch:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise CannotBuild("no torch to compile against (pip install --no-build-isolation)")
-    home = Path(spec.submodule_search_locations[0])
+    return torch_of(Path(spec.submodule_search_locations[0]))
+
+
+def torch_of(home: Path) -> Torch:
+    """The torch whose package lies in `home`; its version and headers are enough to compile."""
     about = runpy.run_path(str(home / "version.py"))
     version = str(about["__version__"])
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < TORCH_TARGET:

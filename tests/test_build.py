@@ -1,6 +1,5 @@
 """The build: what it makes, what it says of what it leaves out, what the objects ask of torch."""
 
-import functools
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import older_torch
 import pytest
 import setuptools
 import torch
@@ -19,8 +19,6 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_of_fluxkern")
-INCLUDE = Path(torch.__file__).parent / "include"
-BUILT = sorted((ROOT / "fluxkern").glob("_C_*.so"))
 SETTINGS = ("FLUXKERN_BUILD", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "NVCC_THREADS")
 
 
@@ -204,58 +202,9 @@ def test_what_is_no_architecture_is_refused_by_name(architecture: str):
 
 # what an object asks of its surroundings
 
-SHIMS = ("torch/csrc/stable/c/shim.h", "torch/csrc/inductor/aoti_torch/c/shim.h")
-
 
 def said(*command: object) -> str:
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stdout
-
-
-@functools.cache
-def shims(major: int, minor: int) -> frozenset[str]:
-    """The C functions that torch's headers declare for a target version."""
-    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
-    command = ("g++", "-E", "-P", "-x", "c++", "-DUSE_CUDA", target, "-I", INCLUDE, "-")
-    text = "\n".join(f"#include <{shim}>" for shim in SHIMS)
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
-    return frozenset(re.findall(r"\b((?:aoti_)?torch_\w+)\s*\(", done.stdout))
-
-
-def asked_for(library: Path) -> set[str]:
-    """Its undefined symbols that are not of the C or C++ runtime."""
-    symbols = said("nm", "--dynamic", "--undefined-only", "--format=posix", library)
-    rows = (line.split()[:2] for line in symbols.splitlines())
-    return {name for name, kind in rows if "@" not in name and kind == "U"}
-
-
-def newer_than_target(library: Path) -> set[str]:
-    return asked_for(library) - shims(*SETUP["TORCH_TARGET"])
-
-
-def test_the_version_gates_are_read():
-    assert "torch_get_mutable_data_ptr" in shims(2, 10) - shims(2, 9)
-    assert "torch_from_blob" in shims(2, 11) - shims(2, 10)
-    assert "aoti_torch_get_current_cuda_stream" in shims(2, 10)
-
-
-@pytest.mark.skipif(not BUILT, reason="no object is built: make build")
-@pytest.mark.parametrize("library", BUILT, ids=lambda path: path.name)
-def test_an_object_asks_for_nothing_newer_than_its_target(library: Path):
-    assert asked_for(library), "an object that registers ops asks torch for something"
-    assert newer_than_target(library) == set()
-
-
-@pytest.mark.parametrize(
-    "symbol", ["torch_from_blob", "PyLong_FromLong", "_ZN2at5emptyEv", "torch_get_const_data_ptr"]
-)
-def test_a_symbol_that_the_target_does_not_have_is_found(symbol: str, tmp_path: Path):
-    code = f'extern "C" void {symbol}(); void planted() {{ {symbol}(); }}'
-    library = tmp_path / "planted.so"
-    command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
-    subprocess.run(command, input=code, text=True, check=True)
-    assert asked_for(library) == {symbol}
-    known = symbol == "torch_get_const_data_ptr"  # the check lets through what it should
-    assert newer_than_target(library) == (set() if known else {symbol})
 
 
 @pytest.mark.skipif(not (ROOT / "fluxkern/_C_cpu.so").exists(), reason="no _C_cpu: make build")
@@ -300,7 +249,7 @@ def test_one_wheel_serves_every_python_of_this_platform(wheel: Path, unpacked: P
     objects = {"_C_cpu.so", "_C_cuda.so"} if NVCC else {"_C_cpu.so"}
     assert {path.name for path in unpacked.glob("*.so")} == objects
     for name in objects:
-        assert newer_than_target(unpacked / name) == set()
+        assert older_torch.not_in(older_torch.OLDEST, unpacked / name) == set()
 
 
 def cuda_code(library: Path, kind: str) -> set[str]:
