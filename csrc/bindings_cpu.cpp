@@ -48,6 +48,7 @@ void run(const torch::stable::Tensor&, const Launch& launch) {
 #include "bindings_attention.h"
 #include "bindings_linear.h"
 #include "bindings_modulation.h"
+#include "bindings_stored.h"
 
 namespace fluxkern::bindings {
 namespace {
@@ -93,6 +94,7 @@ STABLE_TORCH_LIBRARY(fluxkern_cpu, library) {
     define_ops(library, MODULATION_OPS);
     define_ops(library, LINEAR_OPS);
     define_ops(library, LINEAR_INT8_OPS);
+    define_ops(library, STORED_OPS);
     library.def("_stream_copy(Tensor source, Tensor(a!) target) -> ()");
     library.def("_set_isa(str name) -> ()");
     library.def("_isa() -> str");
@@ -108,6 +110,7 @@ STABLE_TORCH_LIBRARY_IMPL(fluxkern_cpu, CPU, library) {
     implement_ops(library, MODULATION_OPS);
     implement_ops(library, LINEAR_OPS);
     implement_ops(library, LINEAR_INT8_OPS);
+    implement_ops(library, STORED_OPS);
     library.impl("_stream_copy", TORCH_BOX(&stream_copy));
 }
 

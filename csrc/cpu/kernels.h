@@ -14,6 +14,7 @@
 #include "../heads.h"
 #include "../images.h"
 #include "../matrices.h"
+#include "../stored.h"
 #include "../views.h"
 
 namespace fluxkern::cpu {
@@ -100,6 +101,8 @@ FLUXKERN_KERNEL(linear, DType, Tokens x, Rows weight, const void* bias, bool gel
 FLUXKERN_KERNEL(linear_int8, DType, Tokens x, Rows weight, const float* weight_scale,
                 const void* bias, bool gelu, bool add, Tokens out, const MatrixSizes&,
                 const Context&)
+FLUXKERN_KERNEL(dequantise, DType, const StoredRows&, Rows out, float* largest, const Context&)
+FLUXKERN_KERNEL(requantise_int8, const StoredRows&, Rows out, float* scale, const Context&)
 FLUXKERN_KERNEL(stream_copy, const void* source, void* target, int64_t bytes, const Context&)
 
 // Tokens of one stream of one batch element, so many that no sum depends on the threads.
