@@ -194,7 +194,7 @@ def cuda_library(torch: Torch) -> Library:
     binding = [*command, "-DUSE_CUDA", *(through_nvcc(flag) for flag in torch.flags)]
     units = [
         Unit(source, "+".join(archs), [*command, *gencodes])
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        for source in [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/bindings/probe.cu"]
     ]
     units.append(Unit(ROOT / "csrc/bindings_cuda.cpp", "host", binding))
     about = {"compiler": version_of(nvcc), "flags": flags, "architectures": archs}

@@ -63,6 +63,7 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         FakeTensorMode(),
         Unguarded(),
         patch.object(_dispatch, "_no_cuda", lambda: None),
+        patch.object(_dispatch, "_object_reason", lambda index: None),
         patch.object(_dispatch, "_interpreting", lambda: False),
         patch.object(torch.cuda, "get_device_capability", lambda device=None: capability),
         patch.object(measured, "device_name", lambda device: f"fake {NAMES[capability]}"),

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch import library as torch_library
 
 from .. import _ops
-from . import measured
+from . import _probe, measured
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order of an op that has none of its own
 PROVIDERS = ("cudnn", "flash3", "flash")  # of attention: kernels of others, on a GPU
@@ -226,19 +226,38 @@ def _compiled(op: str, name: str) -> Backend | str:
     reason = load_reason(name)
     if reason is not None:
         return reason
-    _, library, device = _OBJECTS[name]
+    object_name, library, device = _OBJECTS[name]
     packet = getattr(getattr(torch.ops, library), op, None)
     if packet is None:
         return _missing(name)
     without_device = _no_cuda() if device == "cuda" else None
+    here = _against_gpu if object_name == "_C_cuda" else _runs_anywhere
     limit = limits.get(name, _runs_anywhere)
     return Backend(
         name,
         _destination_passing(op, packet.default),
-        lambda *args: without_device or _refusal(device, args) or limit(*args),
+        lambda *args: without_device or _refusal(device, args) or here(*args) or limit(*args),
         "the CUDA sources run on a CPU only when named" if name in NAMED_ONLY else None,
         packet.default,
     )
+
+
+def architectures() -> tuple[str, ...]:
+    """What `_C_cuda` was built for."""
+    return tuple(build_info().get("_C_cuda", {}).get("architectures", ()))
+
+
+def _against_gpu(*args: object) -> str | None:
+    """Why `_C_cuda` cannot run on the GPU of the arguments, or on the current one."""
+    if reason := _no_cuda():
+        return reason
+    index = next((t.get_device() for t in args if isinstance(t, Tensor)), None)
+    return _object_reason(torch.cuda.current_device() if index is None else index)
+
+
+@cache
+def _object_reason(index: int) -> str | None:
+    return _probe.cuda_object_reason(_PACKAGE / "_C_cuda.so", architectures(), index)
 
 
 def on_cpu(run: Callable) -> Backend:
@@ -268,8 +287,9 @@ def load_reason(name: str) -> str | None:
 
 
 def compiled_kernels() -> dict[str, str | None]:
-    """Per compiled object of the package None, or the reason why it is not there."""
-    return {_OBJECTS[name][0]: load_reason(name) for name in ("cpu", "cuda")}
+    """Per compiled object of the package None, or the reason why it is not there or not run."""
+    cuda = load_reason("cuda") or _against_gpu()
+    return {"_C_cpu": load_reason("cpu"), "_C_cuda": cuda}
 
 
 @cache

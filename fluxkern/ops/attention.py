@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import reference
 from . import _attention_providers as providers
-from . import _checks, _dispatch
+from . import _checks, _dispatch, _probe
 
 
 def _out_and_lse(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def _against_wgmma(*args: Tensor) -> str | None:
     capability = providers.capability(args[0].device if args else None)
     if capability != (9, 0):
         return f"takes compute capability 9.0, got {'.'.join(map(str, capability))}"
-    if "9.0a" not in _dispatch.build_info().get("_C_cuda", {}).get("architectures", ()):
+    if not _probe.has_architecture("9.0a", _dispatch.architectures()):
         return "_C_cuda.so was built without 9.0a"
     return _against_wgmma_emulator(*args)
 
