@@ -23,7 +23,7 @@ LAYERS = {  # a layer and what it may import of fluxkern, besides itself
     "testing": {"reference"},
     "bench": {"cases", "ops", "reference", "testing"},
     "model": {"_files", "ops"},
-    "checkpoint": {"_files", "model"},
+    "checkpoint": {"_files", "model", "ops"},
     "pipeline": {"_files", "checkpoint", "model", "ops"},
     "integrations": {"ops"},
     "compact": {"_files", "checkpoint", "model", "ops", "pipeline"},

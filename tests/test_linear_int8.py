@@ -252,7 +252,7 @@ def test_int8_draws_what_fp32_draws(fp32, int8):
 
 def test_the_blocks_are_int8_and_the_rest_is_not(fp32, int8):
     names = block_linears(fp32.transformer)
-    assert len(names) == 2 * 8 + 4 * 2
+    assert len(names) == 2 * 10 + 4 * 3
     for name, module in int8.transformer.named_modules():
         assert isinstance(module, Int8Linear) == (name in names)
     layer, source = (p.transformer.get_submodule(names[0]) for p in (int8, fp32))

@@ -64,12 +64,30 @@ def _completed(data: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) 
     if data.get("_class_name") != name:
         found = f"{data.get('_class_name')!r:.80}"
         raise ValueError(f"_class_name in the config must be {name!r}, got {found}")
-    if "quantization_config" in data:
-        raise ValueError("quantization_config in the config: quantised weights are not supported")
-    unknown = [field for field in data if field not in defaults and not field.startswith("_")]
+    check_quantization(data)
+    own = {*defaults, "quantization_config"}
+    unknown = [field for field in data if field not in own and not field.startswith("_")]
     if unknown:
         raise ValueError(f"the config of {name} holds the unknown field {unknown[0]!r:.80}")
     return {**defaults, **data}
+
+
+def check_quantization(config: Mapping[str, Any]) -> None:
+    """Refuses a config of weights that are quantised otherwise than by bitsandbytes in 4 bits.
+
+    Args:
+        config: a component's config.json; which layers are quantised is seen in its files.
+    Raises:
+        ValueError: names what it found.
+    """
+    about = config.get("quantization_config", {"load_in_4bit": True})
+    if type(about) is not dict or about.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        found = about.get("quant_method") if type(about) is dict else about
+        raise ValueError(
+            f"quantization_config: quant_method must be bitsandbytes, got {found!r:.80}"
+        )
+    if about.get("load_in_4bit") is not True:
+        raise ValueError("quantization_config: load_in_4bit must be true, bnb int8 is not read")
 
 
 def _integer(data: Mapping[str, Any], name: str, high: int, low: int = 1) -> int:

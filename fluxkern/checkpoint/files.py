@@ -1,10 +1,10 @@
 """Files of weights: loaded and saved as safetensors only, in BFL's layout or diffusers'."""
 
 import hashlib
-import math
+import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -20,12 +20,20 @@ from ..model.autoencoder import AutoEncoder
 from ..model.int8 import block_linears, int8_state, is_int8, to_int8
 from ..model.transformer import Flux
 from . import configs, names
+from .gguf import MAGIC, read_gguf
 from .names import ALL_ROWS, Piece
+from .quantised import grouped
+from .stored import Maps, Quantised, Stored
 
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
 OWN_FILE = re.compile(rf"{WEIGHTS}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
-PREFIX = "model.diffusion_model."
+SUFFIXES = (".safetensors", ".sft", ".gguf")
+# the parts of a file that holds a whole pipeline
+FLUX_PREFIXES = ("model.diffusion_model.",)
+AUTOENCODER_PREFIXES = ("vae.", "first_stage_model.")
+OTHER_PARTS = (*FLUX_PREFIXES, *AUTOENCODER_PREFIXES, "text_encoders.")
+NORM_WEIGHT = re.compile(r"(\.norm\.(?:query|key)_norm)\.weight$")
 PICKLES = {".bin", ".pt", ".ckpt", ".pth", ".pkl", ".pickle"}
 FETCHED = (".json", ".safetensors", ".txt", ".model")
 COMPONENT_FILES = ("model_index.json", *(f"*/*{suffix}" for suffix in FETCHED))
@@ -34,6 +42,10 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 LORA = re.compile(r"(^|[._])(lora|lora_[A-Za-z]+|lokr_w\d\w*|hada_w\d\w*|dora_scale)([._]|$)")
 
@@ -46,6 +58,7 @@ class _Kind:
     config_from_diffusers: Callable[[dict[str, Any]], Any]
     config_to_diffusers: Callable[[Any], dict[str, Any]]
     config_from_state: Callable[[dict[str, tuple[int, ...]]], Any]
+    prefixes: tuple[str, ...]
     to_diffusers: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     pieces: Callable[[nn.Module], list[Piece]]
 
@@ -66,6 +79,7 @@ FLUX = _Kind(
     configs.flux_config_from_diffusers,
     configs.flux_config_to_diffusers,
     configs.flux_config_from_state,
+    FLUX_PREFIXES,
     names.flux_to_diffusers,
     _flux_pieces,
 )
@@ -74,6 +88,7 @@ AUTOENCODER = _Kind(
     configs.autoencoder_config_from_diffusers,
     configs.autoencoder_config_to_diffusers,
     configs.autoencoder_config_from_state,
+    AUTOENCODER_PREFIXES,
     names.autoencoder_to_diffusers,
     _autoencoder_pieces,
 )
@@ -82,78 +97,94 @@ AUTOENCODER = _Kind(
 # what files hold
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file, described by the header alone."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 def _check_is_safetensors(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix in PICKLES:
         raise ValueError(f"{path} is a pickle, which can run code; only .safetensors is loaded")
-    if suffix != ".safetensors":
-        raise ValueError(f"{path} must be a .safetensors file, got {suffix or 'no suffix'}")
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path} must be a {' or '.join(SUFFIXES)} file, got {suffix or 'none'}")
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":  # after the header's length
         return
     if head.startswith((b"PK", b"\x80")):
         raise ValueError(f"{path} is a pickle under another name; only .safetensors is loaded")
-    what = {b"GGUF": "a GGUF file", b"vers": "a git-lfs pointer"}.get(head[:4], "something else")
+    what = "a git-lfs pointer" if head[:4] == b"vers" else "something else"
     raise ValueError(f"{path} is not a safetensors file but {what} ({len(head)} bytes read)")
 
 
-def read_header(path: str | Path) -> dict[str, Stored]:
-    """Reads which tensors a safetensors file holds, without their values.
-
-    Args:
-        path: the file.
-    Returns:
-        name -> what is known of the tensor.
-    Raises:
-        ValueError: a pickle or another kind of file, damaged, quantised, or a LoRA.
-    """
-    path = Path(path)
+def _is_gguf(path: Path) -> bool:
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     try:
+        with open(path, "rb") as file:
+            return file.read(4) == MAGIC
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _entries(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a safetensors file as they are stored, and the texts in its header."""
+    try:
         _check_is_safetensors(path)
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            kinds = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+        with safe_open(path, framework="pt") as file:  # which checks sizes and places
+            texts = file.metadata() or {}
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or cut short: {error!s:.200}") from None
-    for key, (_, kind) in kinds.items():
+    header.pop("__metadata__", None)
+    entries = {}
+    for key, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if LORA.search(key):
             raise ValueError(f"{path} is a LoRA, not a model: it holds {key!r:.200}")
-        if kind not in DTYPES:
+        if about["dtype"] not in DTYPES:
             raise ValueError(
-                f"{path}: {key:.200} must be one of {list(DTYPES)}, got {kind}; "
-                f"quantised weights are not supported"
+                f"{path}: {key:.200} must be one of {list(DTYPES)}, got {about['dtype']}"
             )
-    return {key: Stored(path, key, shape, DTYPES[kind]) for key, (shape, kind) in kinds.items()}
+        dtype, begin = DTYPES[about["dtype"]], 8 + length + about["data_offsets"][0]
+        entries[key] = Stored(path, key, tuple(about["shape"]), dtype, begin)
+    return entries, texts
 
 
-def _stored_in_single(path: Path) -> dict[str, Stored]:
-    stored = read_header(path)
-    out = {name.removeprefix(PREFIX): entry for name, entry in stored.items()}
-    if len(out) != len(stored):
-        raise ValueError(f"{path} holds a tensor both with and without the prefix {PREFIX}")
+def read_header(path: str | Path) -> dict[str, Stored | Quantised]:
+    """Reads which tensors a safetensors or a GGUF file holds, without their values.
+
+    Args:
+        path: the file.
+    Returns:
+        name -> what is known of the tensor; a quantised weight and its scales are one.
+    Raises:
+        ValueError: a pickle or another kind of file, damaged, a LoRA, or quantised in a way that is
+            not read.
+    """
+    path = Path(path)
+    if _is_gguf(path):
+        return read_gguf(path)
+    entries, texts = _entries(path)
+    return grouped(entries, {path: texts})
+
+
+def _stored_in_single(path: Path, prefixes: tuple[str, ...]) -> dict[str, Stored | Quantised]:
+    """The part of a file that lies under one of the prefixes, or under none, by its own names."""
+    out: dict[str, Stored | Quantised] = {}
+    for name, entry in read_header(path).items():
+        prefix = next((p for p in prefixes if name.startswith(p)), "")
+        if not prefix and name.startswith(OTHER_PARTS):
+            continue
+        own = NORM_WEIGHT.sub(r"\1.scale", name.removeprefix(prefix))
+        if own in out:
+            raise ValueError(
+                f"{path} holds {own:.200} twice, as {name:.200} and as {out[own].key:.200}"
+            )
+        out[own] = entry
     return out
 
 
-def _stored_in_folder(folder: Path) -> dict[str, Stored]:
+def _stored_in_folder(folder: Path) -> dict[str, Stored | Quantised]:
     single, index = folder / f"{WEIGHTS}.safetensors", folder / INDEX
     if single.exists() and index.exists():
         raise ValueError(f"{folder} holds both {single.name} and {INDEX}; remove one")
@@ -166,22 +197,27 @@ def _stored_in_folder(folder: Path) -> dict[str, Stored]:
     return read_header(single)
 
 
-def _stored_in_shards(index: Path) -> dict[str, Stored]:
+def _stored_in_shards(index: Path) -> dict[str, Stored | Quantised]:
     places = read_weight_map(index)
     stored: dict[str, Stored] = {}
+    metadata = {}
     for shard in sorted(set(places.values())):
         path = index.parent / shard
-        found = read_header(path)
+        if _is_gguf(path):
+            raise ValueError(f"{path} must be a safetensors file, got GGUF")
+        found, metadata[path] = _entries(path)
         expected = {name for name, file in places.items() if file == shard}
         names.check_names(found, expected, f"{path} against the index")
         stored |= found
-    return stored
+    return grouped(stored, metadata)
 
 
 # loading
 
 
-def _compare(where: Path, stored: Mapping[str, Stored], shapes: Mapping[str, list[int]]) -> None:
+def _compare(
+    where: Path, stored: Mapping[str, Stored | Quantised], shapes: Mapping[str, list[int]]
+) -> None:
     missing = [f"{name} {shape}" for name, shape in shapes.items() if name not in stored]
     unexpected = [f"{n} {list(s.shape)}" for n, s in stored.items() if n not in shapes]
     shaped = [
@@ -207,30 +243,10 @@ def _shapes_in_file(model: nn.Module, pieces: list[Piece], diffusers: bool) -> d
     return shapes
 
 
-class _Reader:
-    """Reads stored tensors, with at most the bytes of the largest of them mapped at a time."""
-
-    def __init__(self, stored: Iterable[Stored]) -> None:
-        self.limit = max((entry.nbytes for entry in stored), default=0)
-        self.path: Path | None = None
-        self.mapped = 0
-
-    def read(self, stored: Stored, rows: slice) -> Tensor:
-        # pages once read count as memory until the file is closed
-        self.mapped += stored.nbytes
-        if stored.file != self.path or self.mapped > self.limit:
-            self.file = None
-            self.file = safe_open(stored.file, framework="pt")
-            self.path, self.mapped = stored.file, stored.nbytes
-        if rows == ALL_ROWS:
-            return self.file.get_tensor(stored.key)
-        return self.file.get_slice(stored.key)[rows]
-
-
 def _fill(
     model: nn.Module,
     pieces: list[Piece],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, Stored | Quantised],
     dtype: torch.dtype | None,
     device: torch.device | str,
     int8: bool,
@@ -238,24 +254,47 @@ def _fill(
     parts: dict[str, list[Piece]] = {}
     for piece in pieces:
         parts.setdefault(piece.native, []).append(piece)
-    reader, state, spoilt = _Reader(stored.values()), {}, []
+    state: dict[str, Tensor] = {}
+    spoilt, maps = [], Maps()
     quantised = {f"{layer}.weight" for layer in block_linears(model)} if int8 else set()
     for name, meta in model.state_dict().items():
-        kinds = (stored[piece.name].dtype for piece in parts[name])
-        kind = dtype or reduce(torch.promote_types, kinds)
-        state[name] = torch.empty(meta.shape, dtype=kind, device=device)
-        for piece in parts[name]:
-            target = state[name][piece.rows]
-            source = reader.read(stored[piece.name], piece.name_rows)
-            target.copy_(source.view(target.shape))
-        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(state[name])):
-            spoilt.append(name)
         if name in quantised:
-            state |= int8_state(name, state.pop(name))
+            weight, finite = _int8(meta.shape, parts[name], stored, maps)
+            state |= int8_state(name, *(tensor.to(device) for tensor in weight))
+        else:
+            state[name], finite = _numbers(meta.shape, parts[name], stored, dtype, device)
+        if not finite:
+            spoilt.append(name)
     if spoilt:
         problem = names.listed("tensors with a NaN or an infinity", spoilt)[0]
         warnings.warn(f"{next(iter(stored.values())).file}: {problem}", stacklevel=4)
     (to_int8(model) if int8 else model).load_state_dict(state, assign=True)
+
+
+def _numbers(
+    shape: torch.Size,
+    pieces: list[Piece],
+    stored: Mapping[str, Stored | Quantised],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> tuple[Tensor, bool]:
+    """A tensor, and whether it is finite."""
+    kinds = (stored[piece.name].dtype for piece in pieces)
+    out = torch.empty(shape, dtype=dtype or reduce(torch.promote_types, kinds), device=device)
+    finite = [stored[p.name].numbers(out[p.rows], p.name_rows) for p in pieces]
+    return out, all(finite)
+
+
+def _int8(
+    shape: torch.Size, pieces: list[Piece], stored: Mapping[str, Stored | Quantised], maps: Maps
+) -> tuple[tuple[Tensor, Tensor], bool]:
+    """The weight and the scales of `ops.linear_int8`, and whether they are finite."""
+    entry = stored[pieces[0].name]
+    if len(pieces) == 1 and isinstance(entry, Quantised) and entry.is_int8_by_rows:
+        return entry.mapped_int8(maps), True
+    values, scale = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0])
+    finite = [stored[p.name].int8(values[p.rows], scale[p.rows], p.name_rows) for p in pieces]
+    return (values, scale), all(finite)
 
 
 def _on_meta(kind: _Kind, path: Path, config_from: Callable[[Any], Any], data: Any) -> nn.Module:
@@ -280,7 +319,7 @@ def _load(
         model = _on_meta(kind, path, kind.config_from_diffusers, config)
         stored, pieces = _stored_in_folder(path), kind.pieces(model)
     else:
-        stored = _stored_in_single(path)
+        stored = _stored_in_single(path, kind.prefixes)
         shapes = {name: entry.shape for name, entry in stored.items()}
         model = _on_meta(kind, path, kind.config_from_state, shapes)
         pieces = [Piece(name, ALL_ROWS, name, ALL_ROWS) for name in model.state_dict()]

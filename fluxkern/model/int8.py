@@ -52,18 +52,17 @@ class Int8Linear(nn.Module):
 
 
 def block_linears(model: nn.Module) -> list[str]:
-    """Names of the layers of a Flux that `to_int8` turns: all of its blocks' but modulation."""
+    """Names of the layers of a Flux that `to_int8` turns: all of its blocks'."""
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "_blocks." in name and not name.endswith(".lin")
+        if isinstance(module, nn.Linear) and "_blocks." in name
     ]
 
 
-def int8_state(name: str, weight: Tensor) -> dict[str, Tensor]:
+def int8_state(name: str, values: Tensor, scale: Tensor) -> dict[str, Tensor]:
     """What the state of an `Int8Linear` holds in the place of this weight of a state dict."""
     layer = name.removesuffix("weight")
-    values, scale = ops.quantize_int8(weight)
     return {f"{layer}values": values, f"{layer}scale": scale}
 
 

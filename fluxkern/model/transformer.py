@@ -159,6 +159,9 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(hidden_size, chunks * hidden_size)
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.lin.weight, Int8Weight):
+            out = _linear(torch.nn.functional.silu(vec), self.lin).unsqueeze(-2)
+            return out.chunk(self.chunks, -1)
         return ops.modulation(vec, self.lin.weight, self.lin.bias, self.chunks)
 
 
