@@ -312,6 +312,13 @@ def choice() -> str:
     return chosen
 
 
+def source_digests(library: Library) -> dict[str, str]:
+    """Kernel -> digest of its source and of our headers in it: what a measurement is of."""
+    kernels = [unit for unit in library.units if unit.source.parent.name in ("cpu", "cuda")]
+    read = {unit.source.stem: [path.read_text() for path in with_headers(unit)] for unit in kernels}
+    return {name: digest(sorted(texts)) for name, texts in read.items()}
+
+
 def build_object(name: str, chosen: str, target: Path) -> dict[str, object]:
     """Builds one object; returns its entry in _build_info.json."""
     if name not in CHOICES[chosen]:
@@ -322,7 +329,8 @@ def build_object(name: str, chosen: str, target: Path) -> dict[str, object]:
         raise LeftOut(f"torch {torch.version} is for CPUs (FLUXKERN_BUILD=cuda builds it anyway)")
     library = LIBRARIES[name](torch)
     place(compile_library(library, torch), target)
-    return {"built": True, "torch": torch.version, **library.about}
+    sources = source_digests(library)
+    return {"built": True, "torch": torch.version, **library.about, "sources": sources}
 
 
 def build_objects(package: Path, chosen: str) -> tuple[dict[str, dict], list[str]]:

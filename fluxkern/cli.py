@@ -462,6 +462,7 @@ def _environment() -> dict[str, Any]:
         "driver": _driver(),
         "gpus": _gpus(),
         "compiled_kernels": ops.compiled_kernels(),
+        "measured_tables": ops.measured.problems(),
         "FLUXKERN_BACKEND": os.environ.get("FLUXKERN_BACKEND") or None,
         "ops": {
             choice.op: {"chosen": choice.chosen, "reasons": choice.reasons}
@@ -521,6 +522,8 @@ def _environment_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"{'cuda of torch':18} {found['cuda'] or 'none: a CPU build'}"
     for i, (name, reason) in enumerate(found["compiled_kernels"].items()):
         yield f"{'' if i else 'compiled kernels':18} {name}: {reason or 'loaded'}"
+    for problem in found["measured_tables"]:
+        yield f"{'measured table':18} {problem}"
     yield f"{'FLUXKERN_BACKEND':18} {found['FLUXKERN_BACKEND'] or 'not set'}"
     yield ""
     yield f"{'op':44} {'backend':10} why not the others"

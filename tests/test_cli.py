@@ -472,6 +472,17 @@ def test_env_shows_every_op_and_why_no_kernel_runs(fluxkern_at):
     assert lines["torch"].split() == ["torch", torch.__version__]
 
 
+def test_env_says_which_measured_table_is_ignored(tmp_path: Path):
+    folder = tmp_path / "fluxkern/measured"
+    folder.mkdir(parents=True)
+    (folder / "some-gpu.json").write_text("{")
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "fluxkern.cli", "env"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("measured table")]
+    assert f"{folder / 'some-gpu.json'}: not a table of `fluxkern tune`" in line
+
+
 def test_help_does_not_wait_for_torch():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / "fluxkern" / "cli.py"), "--help"],

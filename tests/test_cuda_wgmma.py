@@ -216,7 +216,8 @@ def chosen() -> str | None:
 def place(folder: Path, times: dict[str, float]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = measured.device_name(torch.device("cpu"))
-    table = {"device": name, "order": {"attention": {"bfloat16": {"10": times}}}}
+    digest = {"attention": measured.digests("attention", times)}
+    table = {"order": {"attention": {"bfloat16": {"10": times}}}, "digest": digest}
     (folder / measured.file_name(name)).write_text(json.dumps(table))
     measured.forget()
 

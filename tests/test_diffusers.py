@@ -183,7 +183,8 @@ def test_the_backend_of_the_table_is_that_of_as_many_tokens_as_the_last_call_had
     few, many = (size_class(torch.empty(tokens, 32)) for tokens in (21, drop_in.TOKENS))
     sizes = {few: {"reference": 1.0, "cpu": 2.0}, many: {"cpu": 1.0, "reference": 2.0}}
     name = measured.device_name(torch.device("cpu"))
-    table = {"device": name, "order": {"gated_residual": {"float32": sizes}}}
+    digest = {"gated_residual": measured.digests("gated_residual", ["cpu"])}
+    table = {"order": {"gated_residual": {"float32": sizes}}, "digest": digest}
     measured.user_folder().mkdir(parents=True)
     (measured.user_folder() / measured.file_name(name)).write_text(json.dumps(table))
     fluxkern.accelerate(model)

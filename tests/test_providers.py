@@ -263,7 +263,9 @@ def test_an_installed_flash3_is_taken_on_hopper_alone(plant: Callable):
 def test_what_was_measured_fastest_comes_before_what_was_published():
     table = {"attention": {"bfloat16": {"24": {"triton": 400.0, "cudnn": 450.0}}}}
     measured.user_folder().mkdir(parents=True)
-    (measured.user_folder() / "fake-h100.json").write_text(json.dumps({"order": table}))
+    digest = {"attention": measured.digests("attention", ["triton"])}
+    text = json.dumps({"order": table, "digest": digest})
+    (measured.user_folder() / "fake-h100.json").write_text(text)
     with fake_gpu():
         (choice,) = ops.explain("attention", *packed(1, 4608, 24, 128))
     assert choice.chosen == "triton" and "measured: triton 400 us, cudnn 450 us" in str(choice)

@@ -68,6 +68,7 @@ def add_tiles(
                 found = tiles(kernel, names, shape, dtype, rounds)
                 sizes = table["tiles"].setdefault(kernel, {}).setdefault(str(q.dtype)[6:], {})
                 sizes[str(measured.size_class(q))] = found
+                table["digest"].setdefault(kernel, {}).update(measured.digests(kernel, ["triton"]))
                 times = ", ".join(f"{name} {us:.4g} us" for name, us in found.items())
                 after_each(table, f"tiles of {kernel}, {dtype}, {shape}: {times}")
 
@@ -99,7 +100,8 @@ def tune(
         WrongResult: a backend is wrong; nothing is ordered by the speed of a wrong result.
     """
     name = measured.device_name(torch.empty(0, device=device).device)
-    table: dict[str, Any] = {"device": name, "machine": machine(), "order": {}, "tiles": {}}
+    table: dict[str, Any] = {"device": name, "machine": machine()}
+    table |= {"order": {}, "tiles": {}, "digest": {}}
     (attention,) = public.explain("attention")
     if device == "cuda" and "attention" in ops and attention.reasons["triton"] is None:
         add_tiles(table, shapes, dtypes, rounds, after_each)
@@ -110,6 +112,7 @@ def tune(
         chosen = op if direction == "forward" else f"{op}_backward"
         sizes = table["order"].setdefault(chosen, {}).setdefault(str(first.dtype)[6:], {})
         sizes[str(measured.size_class(first))] = found
+        table["digest"].setdefault(chosen, {}).update(measured.digests(chosen, found))
         times = ", ".join(f"{backend} {us:.4g} us" for backend, us in found.items())
         after_each(table, f"{chosen}, {dtype}, {shape}: {times}")
     return table

@@ -6,7 +6,6 @@ arguments and, after them, the outputs it writes: `torch.ops.fluxkern_cpu.<op>` 
 `torch.ops.fluxkern_cuda.<op>` in `_C_cuda`, the function `<op>` of `fluxkern/kernels/` for Triton.
 """
 
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch import library as torch_library
 
 from .. import _ops
 from . import _probe, measured
+from ._digests import build_info
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order of an op that has none of its own
 PROVIDERS = ("cudnn", "flash3", "flash")  # of attention: kernels of others, on a GPU
@@ -297,15 +297,6 @@ def _say_once_that_nothing_is_compiled() -> None:
     if reason := load_reason("cpu"):
         log = logging.getLogger("fluxkern")
         log.warning("no compiled kernels: %s; ops run as plain PyTorch on a CPU", reason)
-
-
-@cache
-def build_info() -> dict:
-    """What setup.py wrote of the build: per object what it was built with, or why it was not."""
-    try:
-        return json.loads((_PACKAGE / "_build_info.json").read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 @cache
