@@ -220,7 +220,7 @@ class Case:
         why: the sentence that derives them.
         flops: of the matrix products, from the arguments.
         backends: those that have a kernel of their own.
-        providers: kernels of others, in half precision on a GPU.
+        providers: kernels of others, on a GPU.
         bytes: moved beside the elements, whatever the dtype.
     """
 
@@ -236,7 +236,7 @@ class Case:
 
 _NORMS = ("cpu", "triton", "cuda")
 _FP8 = ("triton", "cuda")  # no product of a CPU takes e4m3 as it is
-_PROVIDERS = ("cudnn", "flash3", "flash")
+_PROVIDERS = ("cudnn", "flash3", "flash", "sdpa")
 
 
 def _attention_flops(args: dict[str, Any]) -> int:

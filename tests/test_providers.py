@@ -18,6 +18,7 @@ from fluxkern.ops import _dispatch, measured
 from fluxkern.testing import assert_accurate
 
 TORCHS = ("cudnn", "flash")
+WITH_LSE = (*TORCHS, "flash3")
 ATTEND = {
     "cudnn": "_scaled_dot_product_cudnn_attention",
     "flash": "_scaled_dot_product_flash_attention",
@@ -210,7 +211,7 @@ def test_cudnn_takes_wide_heads_on_hopper_only():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_each_says_so_and_a_named_one_is_an_error():
     (choice,) = ops.explain("attention")
-    assert [choice.reasons[name] for name in providers.NAMES] == ["no CUDA device"] * 3
+    assert [choice.reasons[name] for name in providers.NAMES] == ["no CUDA device"] * 4
     q, k, v = packed(device="cpu")
     with pytest.raises(
         NotImplementedError, match="attention cannot run on cudnn .*flash3: no CUDA"
@@ -250,7 +251,31 @@ def test_without_a_table_the_published_fastest_of_a_gpu_is_chosen(capability: tu
         assert ops.explain("attention", *heads)[0].chosen == chosen
         assert ops.explain("attention_lse", *heads)[0].chosen == chosen
         assert ops.explain("rope_attention", *heads, *vectors, *tables, 1e-6)[0].chosen == chosen
-        assert ops.explain("attention", *(t.float() for t in heads))[0].chosen == "triton"
+        assert ops.explain("attention", *(t.float() for t in heads))[0].chosen == "sdpa"
+        assert ops.explain("attention_lse", *(t.float() for t in heads))[0].chosen == "triton"
+
+
+@pytest.mark.parametrize("capability", [A100, H100, RTX_5090])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_ours_multiply_without_tensor_cores_is_left_to_torch(capability: tuple, dtype):
+    """The autoencoder's attention: one head of 512."""
+    with fake_gpu(capability):
+        q, k, v = packed(1, 16384, 1, 512, dtype=dtype)
+        assert ops.explain("attention", q, k, v)[0].chosen == "sdpa"
+        (choice,) = ops.explain("attention_lse", q, k, v)
+        assert choice.chosen != "sdpa" and choice.reasons["sdpa"] == "gives no lse"
+        assert ops.explain("attention", *packed(dim=128))[0].chosen != "sdpa"
+        empty = ops.explain("attention", *packed(0, dim=512, dtype=dtype))[0]
+        assert empty.reasons["sdpa"] == "takes no empty tensors"
+
+
+@pytest.mark.parametrize("dim", [40, 512])
+def test_what_sdpa_gives_is_what_the_op_promises(dim: int):
+    q, k, v = (t.normal_() for t in packed(2, 33, 3, dim, dtype=torch.float32, device="cpu"))
+    out = providers.attention("sdpa", q, k, v)
+    assert out.is_contiguous()
+    truth = reference.attention(q.double(), k.double(), v.double())
+    assert_accurate(out, truth, reference.attention(q, k, v), "attention by sdpa")
 
 
 def test_an_installed_flash3_is_taken_on_hopper_alone(plant: Callable):
@@ -360,7 +385,7 @@ def here(op: str, name: str, *args: Tensor) -> None:
 @pytest.mark.parametrize("size", LENGTHS)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", providers.HALF, ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", providers.NAMES)
+@pytest.mark.parametrize("name", WITH_LSE)
 def test_a_provider_agrees_with_the_reference(name: str, dtype: torch.dtype, dim: int, size: str):
     batch, length, heads = LENGTHS[size]
     q, k, v = (t.normal_() for t in packed(batch, length, heads, dim, dtype=dtype))
@@ -375,7 +400,7 @@ def test_a_provider_agrees_with_the_reference(name: str, dtype: torch.dtype, dim
 
 @GPU
 @pytest.mark.parametrize("dtype", providers.HALF, ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", providers.NAMES)
+@pytest.mark.parametrize("name", WITH_LSE)
 def test_the_gradients_of_a_provider_agree_with_the_reference(name: str, dtype: torch.dtype):
     heads = [t.normal_() for t in packed(2, 130, 3, 128, dtype=dtype)]
     here("attention", name, *heads)
@@ -390,6 +415,16 @@ def test_the_gradients_of_a_provider_agree_with_the_reference(name: str, dtype: 
     found = gradients(lambda *t: ops.attention(*t, backend=name), dtype)
     for tensor, f, t, o in zip("qkv", found, truth, own, strict=True):
         assert_accurate(f, t, o, f"d{tensor} by {name}")
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float32, *providers.HALF], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dim", [128, 512])
+def test_sdpa_agrees_with_the_reference(dim: int, dtype: torch.dtype):
+    q, k, v = (t.normal_() for t in packed(1, 300, 2, dim, dtype=dtype))
+    truth = reference.attention(q.double(), k.double(), v.double())
+    own = reference.attention(q, k, v)
+    assert_accurate(ops.attention(q, k, v, backend="sdpa"), truth, own, "attention by sdpa")
 
 
 @GPU

@@ -1,7 +1,9 @@
-"""Attention by kernels of others, on a GPU: cuDNN, FlashAttention 3 where installed, torch's flash.
+"""Attention by kernels of others, on a GPU: cuDNN, FlashAttention 3 where installed, torch's flash,
+and torch's SDPA for what these do not take.
 
-torch's are called by their aten ops, so that no other can run in their place. Each takes half
-precision alone and gives the log-sum-exp as [B, H, L], natural logarithm, as ours is.
+cuDNN and flash are called by their aten ops, so that no other can run in their place. The first
+three take half precision alone and give the log-sum-exp as [B, H, L], natural logarithm, as ours
+is. SDPA takes fp32 and wide heads, by a kernel of torch's choice, and gives no log-sum-exp.
 """
 
 import inspect
@@ -11,6 +13,7 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dispatch
@@ -98,7 +101,12 @@ def _head_dim_limit(name: str, q: Tensor) -> int:
     return 128 if name == "cudnn" and capability(q.device)[0] < 9 else 256
 
 
-MACHINE = {"cudnn": _no_cudnn, "flash3": _no_flash3, "flash": _no_flash}
+MACHINE = {
+    "cudnn": _no_cudnn,
+    "flash3": _no_flash3,
+    "flash": _no_flash,
+    "sdpa": lambda _: None,  # torch always has a kernel for it
+}
 
 
 def unsupported(name: str, *tensors: Tensor) -> str | None:
@@ -112,6 +120,8 @@ def unsupported(name: str, *tensors: Tensor) -> str | None:
         return reason
     if not tensors:
         return None
+    if name == "sdpa":
+        return None if all(t.numel() for t in tensors) else "takes no empty tensors"
     if reason := _shapes_refused(tensors, _head_dim_limit(name, tensors[0])):
         return reason
     if name != "flash3" and not _torch_takes(name, *tensors[:3]):
@@ -143,11 +153,21 @@ def _flash_3(q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> tuple[Tensor, T
     return out, lse
 
 
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> tuple[Tensor, None]:
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2), None
+
+
 def _dense(t: Tensor) -> Tensor:
     return t if t.is_contiguous() else t.clone(memory_format=torch.contiguous_format)
 
 
-FORWARD: dict[str, Forward] = {"cudnn": _cudnn, "flash3": _flash_3, "flash": _flash}
+FORWARD: dict[str, Forward] = {
+    "cudnn": _cudnn,
+    "flash3": _flash_3,
+    "flash": _flash,
+    "sdpa": _sdpa,
+}
 
 
 def attention(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -227,8 +247,12 @@ def _flash3_backward_refused() -> str | None:
     return None
 
 
+def lse_unsupported(name: str, *tensors: Tensor) -> str | None:
+    return unsupported(name, *tensors) or ("gives no lse" if name == "sdpa" else None)
+
+
 def backward_unsupported(name: str, *args: Tensor | None) -> str | None:
-    if reason := unsupported(name):
+    if reason := lse_unsupported(name):
         return reason
     if name == "flash3" and (reason := _flash3_backward_refused()):
         return reason
@@ -243,6 +267,11 @@ def backward_unsupported(name: str, *args: Tensor | None) -> str | None:
 # the order without a measured table
 
 
+def plain_of_ours(q: Tensor) -> bool:
+    """Whether our kernels multiply these without tensor cores."""
+    return q.dtype not in HALF or q.shape[-1] > 256
+
+
 def order(q: Tensor | None = None) -> tuple[str, ...]:
     """Which is tried first, from the published rates of docs/backends.md; then all backends.
 
@@ -255,6 +284,7 @@ def order(q: Tensor | None = None) -> tuple[str, ...]:
     major, minor = capability(None if q is None else q.device)
     wgmma = (major, minor) == (9, 0) or major == 10
     providers = ("flash3", "cudnn", "flash") if wgmma else ("flash", "cudnn", "flash3")
+    providers += ("sdpa",) * (q is not None and plain_of_ours(q))
     ours = ("triton", "cuda") if major >= 9 and (q is None or q.dtype in HALF) else ()
     return (*providers, *ours, *(name for name in _dispatch.BACKENDS if name not in ours))
 

@@ -24,7 +24,7 @@ from . import _probe, measured
 from ._digests import build_info
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the order of an op that has none of its own
-PROVIDERS = ("cudnn", "flash3", "flash")  # of attention: kernels of others, on a GPU
+PROVIDERS = ("cudnn", "flash3", "flash", "sdpa")  # of attention: kernels of others, on a GPU
 VARIANTS = {"cuda-wgmma": "cuda"}  # second kernels, chosen where the package shows them faster than
 VARIANT_OPS = ("attention", "attention_lse", "rope_attention")
 NAMED_ONLY = ("cuda-emulator", "cuda-wgmma-emulator")  # the CUDA sources run on a CPU, for tests

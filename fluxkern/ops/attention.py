@@ -102,9 +102,11 @@ for _backend in (
 
 
 for _name in providers.NAMES:
-    _unsupported = partial(providers.unsupported, _name)
-    for _op in (providers.attention, providers.attention_lse):
-        _backend = _dispatch.Backend(_name, partial(_op, _name), _unsupported)
+    for _op, _unsupported in (
+        (providers.attention, providers.unsupported),
+        (providers.attention_lse, providers.lse_unsupported),
+    ):
+        _backend = _dispatch.Backend(_name, partial(_op, _name), partial(_unsupported, _name))
         _dispatch.register(_op.__name__, _backend)
     _backend = _dispatch.Backend(
         _name,
@@ -166,7 +168,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) ->
         k, v: [B, M, H, D], dtype of q.
         backend: one of `fluxkern.ops.BACKENDS`, or "cudnn", "flash3" or "flash": attention by
             kernels of others, on a GPU (the backward of the first and the last adds in no fixed
-            order), or "cuda-wgmma", ours for Hopper; None takes the first that can run.
+            order), "sdpa", torch's choice among its own, without a backward here, or "cuda-wgmma",
+            ours for Hopper; None takes the first that can run.
 
     Returns:
         [B, L, H, D], dtype of q.
