@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
 from .. import ops
-from ._fused import Fused, differ, hooked
+from .._modules import autocast_dtype, hooked
+from ._fused import Fused, differ
 
 # children are taken from _modules: getattr of a module costs several times that
 
@@ -40,7 +41,7 @@ def _layer_norm(norm: nn.Module) -> str | None:
 
 def _why_not_linear(x: Tensor) -> str | None:
     """Known before it is called: the original code would call it again."""
-    if _autocasts(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype:
+    if autocast_dtype(x) not in (None, x.dtype):
         return "autocast gives a Linear another dtype than its input's"
     return None
 
@@ -415,12 +416,8 @@ class FluxTransformerBlock(Fused, transformer_flux.FluxTransformerBlock):
         return ops.gated_residual(x, ff(h), gate_mlp, backend=backend)
 
 
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _why_not_block(img: Tensor, txt: Tensor, temb: Tensor) -> str | None:
-    if _autocasts(img.device.type):
+    if autocast_dtype(img) is not None:
         return "autocast gives residuals and branches dtypes of their own"
     return differ(img, txt, temb)
 

@@ -42,20 +42,6 @@ def _tell(reason: str, strict: bool) -> None:
     warn_once(reason)
 
 
-def hooked(module: nn.Module) -> str | None:
-    """The reason why `module` must be called, whatever its class computes."""
-    own = module.__dict__
-    if (
-        "forward" in own
-        or own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    ):
-        return f"a {type(module).__name__} has a hook"
-    return None
-
-
 def differ(x: Tensor, *others: Tensor) -> str | None:
     dtype, device = x.dtype, x.device
     for other in others:

@@ -1,10 +1,9 @@
 """diffusers' FLUX.1 pipelines and models on `fluxkern.ops`: in place, reversible, same weights."""
 
 import copy
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from types import MethodType
 from typing import TypeVar
@@ -17,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import ops
+from .._modules import Site, Sites
 from ._flux_modules import FUSED, FluxAttention
 from ._fused import Fused, Settings, warn_once
 
@@ -47,57 +47,6 @@ PARTS = {  # class of a block -> path of a part ("" the block itself) -> its sit
     },
     FluxTransformer2DModel: {"norm_out": [("norm_out", "norm", "norm_modulate")]},
 }
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place of a model that an op can take: a row of `explain`.
-
-    Args:
-        name: path of the module, or of the block and diffusers' name of the gate.
-        kind: norm, gate, attention or gelu.
-        runs: the ops that run there, or "original".
-        backend: what they run on, or the one that was named and why a call of it would raise.
-        reason: why diffusers' own code runs, in whole or in part.
-    """
-
-    name: str
-    kind: str
-    runs: str
-    backend: str | None
-    reason: str | None
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        return self.name, self.kind, self.runs, self.backend or "-", self.reason or ""
-
-    def __str__(self) -> str:
-        return "  ".join(self.cells).rstrip()
-
-
-class Sites(list[Site]):
-    """All sites of a model; as text, blocks that are alike stand on one line: 0-18."""
-
-    def __str__(self) -> str:
-        numbers: dict[Site, list[int]] = {}
-        for site in self:
-            number = re.search(r"(?<=\.)\d+(?=\.)", site.name)
-            row = replace(site, name=re.sub(r"(?<=\.)\d+(?=\.)", "%s", site.name, count=1))
-            numbers.setdefault(row, []).append(int(number[0]) if number else -1)
-        rows = [replace(r, name=r.name.replace("%s", _ranges(n))).cells for r, n in numbers.items()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """0, 1, 2, 5 as 0-2,5"""
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def accelerate(obj: T, *, strict: bool = False, backend: str | None = None) -> T:

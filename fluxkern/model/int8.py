@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .. import ops
+from .._modules import autocast_dtype
 
 
 class Int8Weight:
@@ -40,7 +41,9 @@ class Int8Linear(nn.Module):
         return Int8Weight(self.values, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear_int8(x, self.values, self.scale, self.bias)
+        x = x.to(autocast_dtype(x) or x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return ops.linear_int8(x, self.values, self.scale, bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
         """Scales stay fp32 where the model is cast."""

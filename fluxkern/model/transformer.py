@@ -1,16 +1,27 @@
 """The FLUX.1 transformer, built on `fluxkern.ops`; parameters carry BFL's names."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .int8 import Int8Weight
+from .._modules import autocast_dtype, hooked
+from .layers import (
+    Part,
+    Places,
+    by_op,
+    column_parts,
+    compute_dtype,
+    execution_device,
+    linear,
+    mlp,
+    modulation,
+    product,
+    row_parts,
+    why_called,
+)
 
 TIME_DIM = 256  # sinusoids of timestep and guidance
 
@@ -128,7 +139,10 @@ class MLPEmbedder(nn.Module):
         self.out_layer = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(torch.nn.functional.silu(_linear(x, self.in_layer)), self.out_layer)
+        return linear(torch.nn.functional.silu(linear(x, self.in_layer)), self.out_layer)
+
+    def places(self) -> Places:
+        return {name: ("linear", layer) for name, layer in self.named_children()}
 
 
 class RMSScale(nn.Module):
@@ -138,6 +152,10 @@ class RMSScale(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(head_dim))
 
+    def forward(self) -> Tensor:
+        """[D]; a view, that stays when a hook takes the weight away again."""
+        return self.scale.view_as(self.scale)
+
 
 class QKNorm(nn.Module):
     def __init__(self, head_dim: int):
@@ -145,9 +163,10 @@ class QKNorm(nn.Module):
         self.query_norm = RMSScale(head_dim)
         self.key_norm = RMSScale(head_dim)
 
-    @property
-    def weights(self) -> tuple[Tensor, Tensor]:
-        return self.query_norm.scale, self.key_norm.scale
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of q and of k, [D], in the dtype of q, which may be autocast's."""
+        norms = self.query_norm, self.key_norm
+        return tuple((norm() if hooked(norm) else norm.scale).to(dtype) for norm in norms)
 
 
 class Modulation(nn.Module):
@@ -159,10 +178,10 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(hidden_size, chunks * hidden_size)
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        if isinstance(self.lin.weight, Int8Weight):
-            out = _linear(torch.nn.functional.silu(vec), self.lin).unsqueeze(-2)
-            return out.chunk(self.chunks, -1)
-        return ops.modulation(vec, self.lin.weight, self.lin.bias, self.chunks)
+        return modulation(vec, self.lin, self.chunks)
+
+    def places(self) -> Places:
+        return {"lin": ("modulation", self.lin)}
 
 
 class SelfAttention(nn.Module):
@@ -173,50 +192,6 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.norm = QKNorm(config.head_dim)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-
-class Part(NamedTuple):
-    """Some rows or columns of a linear layer, as views."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-def _row_parts(layer: nn.Linear, sizes: tuple[int, ...]) -> tuple[Part, ...]:
-    pairs = zip(layer.weight.split(sizes), layer.bias.split(sizes), strict=True)
-    return tuple(Part(weight, bias) for weight, bias in pairs)
-
-
-def _column_parts(layer: nn.Linear, sizes: tuple[int, int]) -> tuple[Part, Part]:
-    first, second = layer.weight.split(sizes, 1)
-    return Part(first, layer.bias), Part(second, None)
-
-
-def _linear(
-    x: Tensor,
-    layer: nn.Linear | Part,
-    activation: str | None = None,
-    out: Tensor | None = None,
-    add: bool = False,
-) -> Tensor:
-    options = {"activation": activation, "out": out, "add": add}
-    if isinstance(layer.weight, Int8Weight):
-        return ops.linear_int8(x, layer.weight.values, layer.weight.scale, layer.bias, **options)
-    return ops.linear(x, layer.weight, layer.bias, **options)
-
-
-def _linears(
-    parts: tuple[Tensor, Tensor],
-    layers: tuple[nn.Linear, nn.Linear],
-    joint: Tensor | None,
-    activation: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Products of text and image rows; into the rows of the joint tensor if there is one."""
-    outs = (None, None) if joint is None else joint.split([t.shape[1] for t in parts], 1)
-    return tuple(
-        _linear(x, layer, activation, out)
-        for x, layer, out in zip(parts, layers, outs, strict=True)
-    )
 
 
 def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
@@ -231,7 +206,7 @@ def _mlp(config: FluxConfig) -> nn.Sequential:
     )
 
 
-Vectors = tuple[Tensor, ...]  # of a modulation, each [B, 1, C]
+Vectors = tuple[Tensor, ...]  # of a modulation, each [B, 1, C]; or one, its vec [B, C]
 
 
 @dataclass(frozen=True)
@@ -240,7 +215,8 @@ class Workspace:
 
     Args:
         cos, sin: fp32 [L, D/2], the rotations of the joint sequence, text first.
-        modulation: the vectors of every modulation layer, in the order of the layers.
+        modulation: the vectors of every modulation layer, in the order of the layers; of a layer
+            that is not to be used ahead of its block, vec alone.
     """
 
     cos: Tensor
@@ -254,6 +230,7 @@ class Stream:
     A branch is added to it by the norm that opens the next one, in the same pass. Without gradients
     the products of all blocks write into the same two buffers, text and image rows of one tensor:
     "wide" is that of q, k, v until they have attended, then the MLP's; "branch" is what is added.
+    Blocks with a layer that must be called take no buffer: a hook may keep what it is shown.
 
     Args:
         x: [B, Lt + Li, C].
@@ -300,34 +277,50 @@ class Stream:
         """Text and image rows of a joint tensor, views."""
         return x.split((self.txt_len, x.shape[1] - self.txt_len), 1)
 
-    def buffer(self, name: str, channels: int) -> Tensor | None:
-        """[B, L, channels], the same memory each time; None where products need gradients."""
-        if torch.is_grad_enabled():
-            return None
+    def end_of_block(self) -> None:
+        """An fp16 stream stays finite, as in diffusers."""
+        if self.x.dtype == torch.float16:
+            self.x, self.pending = self.sum().clip(-65504, 65504), None
+
+    def buffer(self, name: str, channels: int) -> Tensor:
+        """[B, L, channels], the same memory each time; not to be used with gradients."""
         shape = (*self.x.shape[:2], channels)
         if name not in self.buffers or self.buffers[name].numel() < math.prod(shape):
             self.buffers.pop(name, None)  # its memory may be taken at once
             self.buffers[name] = self.x.new_empty(math.prod(shape))
         return self.buffers[name][: math.prod(shape)].view(shape)
 
-    def linear(self, name: str, x: Tensor, layer: Part, activation: str | None = None) -> Tensor:
+    def product(self, name: str, x: Tensor, layer: Part, activation: str | None = None) -> Tensor:
         """A product of all tokens, [B, L, Cout], into the buffer of that name."""
-        return _linear(x, layer, activation, self.buffer(name, layer.weight.shape[0]))
+        return product(x, layer, activation, self.buffer(name, layer.weight.shape[0]))
 
-    def linears(
+    def products(
         self,
         name: str,
-        parts: tuple[Tensor, Tensor],
+        x: Tensor,
         layers: tuple[nn.Linear, nn.Linear],
         activation: str | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Products of text and image rows; into the rows of the buffer of that name."""
-        return _linears(parts, layers, self.buffer(name, layers[0].out_features), activation)
+    ) -> Tensor:
+        """Of text and image rows, [B, L, Cout], into the buffer of that name."""
+        out = self.buffer(name, layers[0].out_features)
+        for rows, layer, into in zip(self.split(x), layers, self.split(out), strict=True):
+            product(rows, layer, activation, into)
+        return out
 
-    def joined(self, name: str, parts: tuple[Tensor, Tensor]) -> Tensor:
-        """The products that `linears` gave as one tensor [B, L, C]."""
-        joint = self.buffer(name, parts[0].shape[-1])
-        return torch.cat(parts, 1) if joint is None else joint
+
+def _in_place(block: nn.Module, x: Tensor) -> bool:
+    """Whether the products of a block may write into buffers."""
+    if torch.is_grad_enabled() or autocast_dtype(x) is not None:
+        return False
+    return not any(why_called(layer, place) for place, layer in block.places().values())
+
+
+def _mlp_places(name: str, layers: nn.Module) -> Places:
+    if why_called(layers, "sequential"):
+        return {name: ("sequential", layers)}
+    kinds = ("linear", "gelu", "linear")
+    children = zip(kinds, layers, strict=True)
+    return {f"{name}.{n}": placed for n, placed in enumerate(children)}
 
 
 class DoubleStreamBlock(nn.Module):
@@ -345,28 +338,59 @@ class DoubleStreamBlock(nn.Module):
         self, stream: Stream, txt_mod: Vectors, img_mod: Vectors, cos: Tensor, sin: Tensor
     ) -> None:
         """Adds its two branches to the stream."""
+        txt_mod, img_mod = _vectors(self.txt_mod, txt_mod), _vectors(self.img_mod, img_mod)
+        attend, mlp = (
+            (self._attend_in_place, self._mlp_in_place)
+            if _in_place(self, stream.x)
+            else (self._attend, self._mlp)
+        )
         h = stream.norm(txt_mod[:2], img_mod[:2])
-        attn = ops.attention(*self._qkv(stream, h, cos, sin)).flatten(2)  # [B, Lt + Li, C]
-        layers = (self.txt_attn.proj, self.img_attn.proj)
-        parts = stream.linears("branch", stream.split(attn), layers)
-        stream.add(stream.joined("branch", parts), txt_mod[2], img_mod[2])
+        stream.add(attend(stream, h, cos, sin), txt_mod[2], img_mod[2])
         h = stream.norm(txt_mod[3:5], img_mod[3:5])
-        mlps = (self.txt_mlp, self.img_mlp)
-        parts = stream.linears("wide", stream.split(h), tuple(m[0] for m in mlps), "gelu_tanh")
-        parts = stream.linears("branch", parts, tuple(m[2] for m in mlps))
-        stream.add(stream.joined("branch", parts), txt_mod[5], img_mod[5])
+        stream.add(mlp(stream, h), txt_mod[5], img_mod[5])
+        stream.end_of_block()
 
-    def _qkv(self, stream: Stream, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        """Joint q, k, v [B, L, H, D], q and k normed and rotated."""
-        layers = (self.txt_attn.qkv, self.img_attn.qkv)
-        weights = (*self.txt_attn.norm.weights, *self.img_attn.norm.weights)
-        parts = stream.linears("wide", stream.split(h), layers)
-        if torch.is_grad_enabled():
-            txt, img = (_split_heads(part, self.num_heads) for part in parts)
-            return ops.joint_qk_norm_rope(*txt, *img, *weights, cos, sin)
-        q, k, v = _split_heads(stream.joined("wide", parts), self.num_heads)
-        ops.qk_norm_rope_(q, k, *weights, cos, sin, stream.txt_len)
-        return q, k, v
+    def _attend(self, stream: Stream, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What the two attention layers give, [B, L, C]."""
+        parts = zip(stream.split(h), self._attentions(), strict=True)
+        txt, img = (_split_heads(linear(x, attn.qkv), self.num_heads) for x, attn in parts)
+        qkv = ops.joint_qk_norm_rope(*txt, *img, *self._norm_weights(txt[0].dtype), cos, sin)
+        attn = stream.split(ops.attention(*qkv).flatten(2))
+        layers = (attn.proj for attn in self._attentions())
+        return torch.cat(tuple(map(linear, attn, layers)), 1)
+
+    def _attend_in_place(self, stream: Stream, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        txt, img = self._attentions()
+        qkv = stream.products("wide", h, (txt.qkv, img.qkv))
+        q, k, v = _split_heads(qkv, self.num_heads)
+        ops.qk_norm_rope_(q, k, *self._norm_weights(q.dtype), cos, sin, stream.txt_len)
+        attn = ops.attention(q, k, v).flatten(2)
+        return stream.products("branch", attn, (txt.proj, img.proj))
+
+    def _attentions(self) -> tuple[SelfAttention, SelfAttention]:
+        return self.txt_attn, self.img_attn
+
+    def _norm_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (*self.txt_attn.norm.weights(dtype), *self.img_attn.norm.weights(dtype))
+
+    def _mlp(self, stream: Stream, h: Tensor) -> Tensor:
+        """What the two MLPs give, [B, L, C]."""
+        txt, img = stream.split(h)
+        return torch.cat((mlp(txt, self.txt_mlp), mlp(img, self.img_mlp)), 1)
+
+    def _mlp_in_place(self, stream: Stream, h: Tensor) -> Tensor:
+        txt, img = self.txt_mlp, self.img_mlp
+        h = stream.products("wide", h, (txt[0], img[0]), "gelu_tanh")
+        return stream.products("branch", h, (txt[2], img[2]))
+
+    def places(self) -> Places:
+        found = {}
+        for name in ("txt", "img"):
+            attn, layers = getattr(self, f"{name}_attn"), getattr(self, f"{name}_mlp")
+            found[f"{name}_attn.qkv"] = "linear", attn.qkv
+            found[f"{name}_attn.proj"] = "linear", attn.proj
+            found |= _mlp_places(f"{name}_mlp", layers)
+        return found
 
 
 class SingleStreamBlock(nn.Module):
@@ -388,22 +412,51 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, stream: Stream, mod: Vectors, cos: Tensor, sin: Tensor) -> None:
         """Adds its branch to the stream."""
+        mod = _vectors(self.modulation, mod)
         twin = tuple(t.view_as(t) for t in mod)  # a compiled Function takes no tensor twice
         h = stream.norm(mod[:2], twin[:2])
-        qkv_layer, mlp_layer = _row_parts(self.linear1, self.rows)
-        qkv = _split_heads(stream.linear("wide", h, qkv_layer), self.num_heads)
-        attn = ops.rope_attention(*qkv, *self.norm.weights, cos, sin).flatten(2)
-        del qkv  # its memory is the MLP's
-        attn_layer, out_layer = _column_parts(self.linear2, self.columns)
-        y = stream.linear("branch", attn, attn_layer)
-        del attn
-        mlp = stream.linear("wide", h, mlp_layer, "gelu_tanh")
-        del h
-        if torch.is_grad_enabled():
-            y = y + _linear(mlp, out_layer)
+        if _in_place(self, h):
+            y = self._in_parts_in_place(stream, h, cos, sin)
+        elif by_op(self.linear1, h) and by_op(self.linear2, h):
+            y = self._in_parts(h, cos, sin)
         else:
-            _linear(mlp, out_layer, out=y, add=True)
+            y = self._whole(h, cos, sin)
         stream.add(y, mod[2], twin[2])
+        stream.end_of_block()
+
+    def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = _split_heads(qkv, self.num_heads)
+        return ops.rope_attention(q, k, v, *self.norm.weights(q.dtype), cos, sin).flatten(2)
+
+    def _whole(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """With a layer that is called, as an adapter of linear1 or linear2 has to be."""
+        qkv, mlp = linear(h, self.linear1).split(self.rows, -1)
+        attn = self._attend(qkv, cos, sin)
+        return linear(torch.cat((attn, ops.gelu_tanh(mlp)), -1), self.linear2)
+
+    def _in_parts(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv_layer, mlp_layer = row_parts(self.linear1, self.rows)
+        attn_layer, out_layer = column_parts(self.linear2, self.columns)
+        attn = self._attend(product(h, qkv_layer), cos, sin)
+        y = product(attn, attn_layer)
+        return y + product(product(h, mlp_layer, "gelu_tanh"), out_layer)
+
+    def _in_parts_in_place(self, stream: Stream, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv_layer, mlp_layer = row_parts(self.linear1, self.rows)
+        attn_layer, out_layer = column_parts(self.linear2, self.columns)
+        attn = self._attend(stream.product("wide", h, qkv_layer), cos, sin)
+        y = stream.product("branch", attn, attn_layer)
+        del attn  # its memory may be taken at once
+        mlp = stream.product("wide", h, mlp_layer, "gelu_tanh")
+        return product(mlp, out_layer, out=y, add=True)
+
+    def places(self) -> Places:
+        return {"linear1": ("linear", self.linear1), "linear2": ("linear", self.linear2)}
+
+
+def _vectors(layer: Modulation, given: Vectors) -> Vectors:
+    """What was computed ahead, or what the layer makes of vec."""
+    return layer(*given) if len(given) == 1 else given
 
 
 class LastLayer(nn.Module):
@@ -418,11 +471,25 @@ class LastLayer(nn.Module):
         )
 
     def modulation(self, vec: Tensor) -> Vectors:
-        lin = self.adaLN_modulation[1]
-        return ops.modulation(vec, lin.weight, lin.bias, 2)
+        places = tuple(self._modulation_places().values())
+        if any(why_called(layer, place) for place, layer in places[:2]):
+            return self.adaLN_modulation(vec).unsqueeze(-2).chunk(2, -1)
+        return modulation(vec, places[2][1], 2)
+
+    def _modulation_places(self) -> Places:
+        layers, name = self.adaLN_modulation, "adaLN_modulation"
+        found = {name: ("sequential", layers)}
+        if why_called(layers, "sequential"):
+            return found
+        return found | {f"{name}.0": ("silu", layers[0]), f"{name}.1": ("modulation", layers[1])}
 
     def forward(self, stream: Stream, mod: Vectors) -> Tensor:
-        return _linear(stream.norm_img(*mod), self.linear)
+        if len(mod) == 1:
+            mod = self.modulation(*mod)
+        return linear(stream.norm_img(*mod), self.linear)
+
+    def places(self) -> Places:
+        return {"linear": ("linear", self.linear)} | self._modulation_places()
 
 
 class Flux(nn.Module):
@@ -472,7 +539,7 @@ class Flux(nn.Module):
                 have their shapes looked at; None makes it here.
 
         Returns:
-            [B, Li, out_channels], dtype of img.
+            [B, Li, out_channels], dtype of img, or of autocast where that is on.
 
         Raises:
             ValueError: a shape or dtype disagrees with the config or another argument; a guidance
@@ -518,29 +585,46 @@ class Flux(nn.Module):
             torch.cat((txt_ids, img_ids)), self.config.axes_dim, self.config.theta
         )
         vec = self._embed(timesteps, y, guidance)
-        steps = zip(
-            *(zip(*(t.unbind() for t in layer(vec)), strict=True) for layer in self._modulations()),
-            strict=True,
-        )
+        layers = [self._ahead(*pair, vec) for pair in self._modulations()]
+        steps = zip(*(zip(*(t.unbind() for t in of), strict=True) for of in layers), strict=True)
         return [Workspace(cos, sin, modulation) for modulation in steps]
+
+    def _ahead(self, block: nn.Module, layer: nn.Module, vec: Tensor) -> Vectors:
+        """The vectors of all steps, or vec where a hook brings the block's weights."""
+        if hooked(block):
+            return (vec,)
+        return block.modulation(vec) if block is self.final_layer else layer(vec)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return execution_device(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return compute_dtype(self, RMSScale)
 
     def modulation_to(self, device: torch.device | str) -> None:
         """Moves the modulation layers, which `forward` does not need beside a workspace.
 
+        Those that hooks bring to where they run stay where they are.
+
         Args:
             device: where to.
         """
-        for block in self.double_blocks:
-            block.txt_mod.to(device)
-            block.img_mod.to(device)
-        for block in self.single_blocks:
-            block.modulation.to(device)
-        self.final_layer.adaLN_modulation.to(device)
+        for block, layer in self._modulations():
+            if not hooked(block) and not any(p.is_meta for p in layer.parameters()):
+                layer.to(device)
 
-    def _modulations(self) -> list[Callable[[Tensor], Vectors]]:
-        doubles = ((block.txt_mod, block.img_mod) for block in self.double_blocks)
-        singles = (block.modulation for block in self.single_blocks)
-        return [*chain.from_iterable(doubles), *singles, self.final_layer.modulation]
+    def places(self) -> Places:
+        return {name: ("linear", getattr(self, name)) for name in ("img_in", "txt_in")}
+
+    def _modulations(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Each block with each layer that makes the vectors of its modulation."""
+        doubles = ((b, layer) for b in self.double_blocks for layer in (b.txt_mod, b.img_mod))
+        singles = ((b, b.modulation) for b in self.single_blocks)
+        return [*doubles, *singles, (self.final_layer, self.final_layer.adaLN_modulation)]
 
     def _embed(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """[S, B, C]; each step by itself, so that it has the bits it would have alone."""
@@ -553,10 +637,14 @@ class Flux(nn.Module):
         return torch.stack([time + pooled for time in times])
 
     def _stream(self, txt: Tensor, img: Tensor) -> Stream:
-        size = (img.shape[0], txt.shape[1] + img.shape[1], self.config.hidden_size)
-        x = None if torch.is_grad_enabled() else img.new_empty(size)
-        parts = _linears((txt, img), (self.txt_in, self.img_in), x)
-        return Stream(torch.cat(parts, 1) if x is None else x, txt.shape[1])
+        txt_len, layers = txt.shape[1], (self.txt_in, self.img_in)
+        if not _in_place(self, img):
+            return Stream(torch.cat(tuple(map(linear, (txt, img), layers)), 1), txt_len)
+        x = img.new_empty(img.shape[0], txt_len + img.shape[1], self.config.hidden_size)
+        stream = Stream(x, txt_len)
+        for rows, layer, out in zip((txt, img), layers, stream.split(x), strict=True):
+            product(rows, layer, out=out)
+        return stream
 
     def _check(
         self,
