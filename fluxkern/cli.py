@@ -641,11 +641,14 @@ def _add_convert(commands: Any) -> None:
     command.add_argument(
         "source",
         metavar="SRC",
-        help="a .safetensors file, a component's folder, or a compact model by its name: all of it "
-        "to diffusers, its transformer to bfl",
+        help="a .safetensors or .gguf file, a component's folder, or a compact model by its name: "
+        "all of it to diffusers, its transformer to bfl",
     )
     command.add_argument("target", metavar="DST", help="a .safetensors file (bfl) or a folder")
     command.add_argument("--to", choices=("bfl", "diffusers"), required=True, help="the layout")
+    command.add_argument(
+        "--dtype", choices=("int8",), help="of a transformer's blocks, as Comfy's int8_tensorwise"
+    )
     command.add_argument("--force", action="store_true", help="write over what exists")
 
 
@@ -658,9 +661,9 @@ def _convert(args: argparse.Namespace) -> None:
     from .pipeline import COMPACT, folder_of
 
     if args.source not in COMPACT:
-        checkpoint.convert(args.source, target, args.to)
-    elif args.to == "bfl":
-        checkpoint.convert(folder_of(args.source) / "transformer", target, args.to)
+        checkpoint.convert(args.source, target, args.to, args.dtype)
+    elif args.to == "bfl" or args.dtype:
+        checkpoint.convert(folder_of(args.source) / "transformer", target, args.to, args.dtype)
     else:
         _copy(folder_of(args.source), target)
     print(target)

@@ -30,6 +30,7 @@ from fluxkern.cli import main
 from fluxkern.compact import train
 from fluxkern.compact.optimise import Optimised
 from fluxkern.compact.recipe import FOLDER, RECIPES, VaeRecipe, read_recipe
+from fluxkern.model.int8 import is_int8
 from fluxkern.pipeline import COMPACT
 
 ROOT = Path(__file__).parents[1]
@@ -529,6 +530,15 @@ def test_convert_refuses_what_is_no_checkpoint_and_leaves_nothing(fluxkern_at, t
         command = ("convert", f"{source}.safetensors", "new/out", "--to", "diffusers")
         assert_refused(fluxkern_at(*command), 2, says)
     assert files_below(tmp_path) == ["junk.safetensors", "lora.safetensors"]
+
+
+def test_convert_writes_int8(fluxkern_at):
+    command = ("convert", "compact-base", "int8.safetensors", "--to", "bfl", "--dtype", "int8")
+    assert fluxkern_at(*command) == (0, "int8.safetensors\n", "")
+    assert is_int8(checkpoint.load_flux("int8.safetensors", int8=True))
+    assert load_file("int8.safetensors")["single_blocks.0.linear1.weight"].dtype == torch.int8
+    command = ("convert", "compact-base", "folder", "--to", "diffusers", "--dtype", "int8")
+    assert_refused(fluxkern_at(*command), 2, "dtype int8 is for a transformer to bfl")
 
 
 def test_convert_writes_a_compact_model_by_its_name_in_both_layouts(fluxkern_at):

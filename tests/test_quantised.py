@@ -16,16 +16,19 @@ from torch import Tensor
 
 from fluxkern import ops
 from fluxkern.checkpoint import (
+    convert,
     flux_config_to_diffusers,
     flux_to_diffusers,
     load_autoencoder,
     load_flux,
     read_header,
+    save_autoencoder,
     save_flux,
 )
 from fluxkern.model.int8 import block_linears
 from fluxkern.model.transformer import Flux
 
+LAYER = "single_blocks.0.linear1"
 GGUF = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 METADATA = {  # Comfy's notes in the header of the file, in the place of tensors
     "_quantization_metadata": json.dumps(
@@ -192,6 +195,40 @@ def test_a_gguf_of_numbers_and_a_prefix(tmp_path, others):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_nf4_of_bitsandbytes_is_what_it_reads_itself(tmp_path, nested):
+    functional = pytest.importorskip("bitsandbytes").functional
+    state, expected = dict(make.model().state_dict()), {}
+    for name in filter(make.is_quantised, list(state)):
+        codes, about = functional.quantize_4bit(
+            state[name], blocksize=64, quant_type="nf4", compress_statistics=nested
+        )
+        expected[name] = functional.dequantize_4bit(codes, about)
+        state[name] = codes
+        state |= {f"{name}.{part}": t for part, t in about.as_dict(packed=True).items()}
+    save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "flux.safetensors")
+    found = load_flux(tmp_path / "flux.safetensors", dtype=torch.float32).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_int8_of_comfy_kitchen_is_what_it_reads_itself_and_it_reads_ours(tmp_path):
+    layout = pytest.importorskip("comfy_kitchen.tensor.int8").TensorWiseINT8Layout
+    flux, layer = make.model(256), f"{LAYER}.weight"
+    weight = flux.state_dict()[layer]
+    codes, about = layout.quantize(weight, per_channel=True, convrot=True, convrot_groupsize=256)
+    note = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}
+    parts = {layer: codes, f"{layer}_scale": about.scale, f"{LAYER}.comfy_quant": make.note(note)}
+    save_file(dict(flux.state_dict()) | parts, tmp_path / "theirs.safetensors")
+    found = load_flux(tmp_path / "theirs.safetensors", dtype=torch.float32).state_dict()[layer]
+    theirs = layout.dequantize(codes, about)
+    assert (found - theirs).abs().max() < 2e-6 * theirs.abs().max()  # sums in another order
+    save_flux(flux, tmp_path / "flux.safetensors", format="bfl")
+    convert(tmp_path / "flux.safetensors", tmp_path / "ours.safetensors", "bfl", dtype="int8")
+    file = load_file(tmp_path / "ours.safetensors")
+    about = layout.Params(file[f"{layer}_scale"], torch.float32, tuple(weight.shape))
+    assert (layout.dequantize(file[layer], about) - weight).norm() < 0.01 * weight.norm()
+
+
 # what is refused
 
 
@@ -207,7 +244,6 @@ def tampered(path: Path, kind: str, change: dict[str, object]) -> None:
     save_file(tensors, path)
 
 
-LAYER = "single_blocks.0.linear1"
 STATE = f"{LAYER}.weight.quant_state.bitsandbytes__nf4"
 
 
@@ -381,6 +417,49 @@ def test_metadata_that_names_no_layers_is_refused(tmp_path):
         make.write(path, state, make.fp8_rows, metadata={"_quantization_metadata": text})
         with pytest.raises(ValueError, match=message):
             load_flux(path)
+
+
+def test_int8_is_written_as_comfys_int8_tensorwise(tmp_path):
+    flux = make.model()
+    save_flux(flux, tmp_path / "flux", dtype=torch.bfloat16)
+    path = tmp_path / "int8.safetensors"
+    convert(tmp_path / "flux", path, "bfl", dtype="int8")
+    file, state = load_file(path), flux.state_dict()
+    for name in block_linears(flux):
+        weight = state.pop(f"{name}.weight").bfloat16()
+        codes, scale = file.pop(f"{name}.weight"), file.pop(f"{name}.weight_scale")
+        assert (codes.dtype, scale.shape) == (torch.int8, (len(weight), 1))
+        error = (codes.float() * scale - weight.float()).abs()
+        assert (error <= scale * 0.501).all()  # to the nearest
+        note = bytes(file.pop(f"{name}.comfy_quant").tolist())
+        assert json.loads(note) == {"format": "int8_tensorwise"}
+    assert same_bits(file, {name: tensor.bfloat16() for name, tensor in state.items()})
+    found, made = load_flux(path, int8=True), load_flux(tmp_path / "flux", int8=True)
+    assert same_bits(found.state_dict(), made.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "dtype", "message"),
+    [
+        ("flux", "diffusers", "int8", "for a transformer to bfl, got a transformer to diffusers"),
+        ("vae", "bfl", "int8", "got an autoencoder"),
+        ("flux", "bfl", "int4", "dtype must be 'int8' or None, got 'int4'"),
+    ],
+)
+def test_what_cannot_be_int8_is_refused(tmp_path, kind, to, dtype, message):
+    save_flux(make.model(), tmp_path / "flux")
+    save_autoencoder(tiny_autoencoder(), tmp_path / "vae")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / kind, tmp_path / "out.safetensors", to, dtype=dtype)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_an_int8_model_is_written_in_one_way_alone(tmp_path):
+    written(tmp_path / "flux.safetensors", "fp8")
+    flux = load_flux(tmp_path / "flux.safetensors", int8=True)
+    for options in ({"format": "diffusers"}, {"format": "bfl", "dtype": torch.float32}):
+        with pytest.raises(ValueError, match="format must be 'bfl' and dtype None for a model in"):
+            save_flux(flux, tmp_path / "out.safetensors", **options)
 
 
 def test_a_quantised_model_is_saved_by_its_numbers(tmp_path):

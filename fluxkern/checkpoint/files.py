@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._files import check_link, read_json, read_weight_map, write_files, write_json
 from ..model.autoencoder import AutoEncoder
-from ..model.int8 import block_linears, int8_state, is_int8, to_int8
+from ..model.int8 import block_linears, comfy_state, int8_state, is_int8, to_int8
 from ..model.transformer import Flux
 from . import configs, names
 from .gguf import MAGIC, read_gguf
@@ -433,7 +433,7 @@ def _save_single(kind: _Kind, model: nn.Module, path: Path, dtype: torch.dtype |
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors for the format 'bfl', got {path}")
     # a single file has no config: what cannot be seen in the shapes would be lost
-    state = model.state_dict()
+    state = comfy_state(model)
     seen = vars(kind.config_from_state({name: tuple(t.shape) for name, t in state.items()}))
     for name, value in vars(model.config).items():
         if seen[name] != value:
@@ -475,14 +475,18 @@ def save_flux(
         path: a folder for the format "diffusers", a .safetensors file for "bfl".
         format: "diffusers" or "bfl".
         max_shard_size: bytes, or such as "10GB"; only of a folder.
-        dtype: of the tensors in the file; None keeps the model's.
+        dtype: of the tensors in the file; None keeps the model's, as a model in int8 must: its
+            file is Comfy's `int8_tensorwise`, in the format "bfl" alone.
     Raises:
-        ValueError: an unknown format, a configuration that the format cannot hold, or a model in
-            int8.
+        ValueError: an unknown format, or a configuration, an int8 model or a dtype that it cannot
+            hold.
         OSError: the files could not be written; nothing of them is left.
     """
-    if is_int8(model):
-        raise ValueError("model must have its own weights to be saved, got one in int8")
+    if is_int8(model) and (format != "bfl" or dtype is not None):
+        raise ValueError(
+            f"format must be 'bfl' and dtype None for a model in int8 to be saved, "
+            f"got {format!r:.80} and {dtype}"
+        )
     _save(FLUX, model, path, format, max_shard_size, dtype)
 
 
@@ -498,24 +502,32 @@ def save_autoencoder(
     _save(AUTOENCODER, model, path, format, max_shard_size, dtype)
 
 
-def convert(src: str | Path, dst: str | Path, to: str) -> None:
+def convert(src: str | Path, dst: str | Path, to: str, dtype: str | None = None) -> None:
     """Writes a transformer's or an autoencoder's checkpoint again in the layout `to`.
 
     Args:
         src: a single BFL file or a diffusers component folder; which model it is, is read there.
         dst: a folder for "diffusers", a .safetensors file for "bfl".
         to: "diffusers" or "bfl".
+        dtype: "int8" quantises a transformer's blocks, for "bfl"; None keeps what is there.
     Raises:
         ValueError, OSError: as load_flux and save_flux.
     """
+    if dtype not in (None, "int8"):
+        raise ValueError(f"dtype must be 'int8' or None, got {dtype!r:.80}")
     src = Path(src)
     if src.is_dir():
         name = read_json(src / "config.json").get("_class_name")
         autoencoder = name == configs.AUTOENCODER_CLASS
     else:
         autoencoder = "encoder.conv_in.weight" in read_header(src)
-    kind = AUTOENCODER if autoencoder else FLUX
-    _save(kind, _load(kind, src, None, "cpu"), dst, to)
+    if dtype and (autoencoder or to != "bfl"):
+        found = "an autoencoder" if autoencoder else f"a transformer to {to}"
+        raise ValueError(f"dtype int8 is for a transformer to bfl, got {found}")
+    if autoencoder:
+        save_autoencoder(load_autoencoder(src), dst, format=to)
+    else:
+        save_flux(load_flux(src, int8=dtype == "int8"), dst, format=to)
 
 
 # where a checkpoint is

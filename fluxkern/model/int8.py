@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
 from .._modules import autocast_dtype
+
+COMFY_NOTE = b'{"format": "int8_tensorwise"}'
 
 
 class Int8Weight:
@@ -74,6 +77,20 @@ def to_int8(model: nn.Module) -> nn.Module:
     for name in block_linears(model):
         model.set_submodule(name, Int8Linear(model.get_submodule(name)))
     return model
+
+
+def comfy_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model in int8 as files of Comfy's `int8_tensorwise` hold it, without a copy.
+
+    `weight` int8 [N, K], `weight_scale` fp32 [N, 1], and the name of the format in `comfy_quant`.
+    """
+    state = model.state_dict()
+    for name, layer in model.named_modules():
+        if isinstance(layer, Int8Linear):
+            state[f"{name}.weight"] = state.pop(f"{name}.values")
+            state[f"{name}.weight_scale"] = state.pop(f"{name}.scale")[:, None]
+            state[f"{name}.comfy_quant"] = torch.tensor(list(COMFY_NOTE), dtype=torch.uint8)
+    return state
 
 
 def is_int8(model: nn.Module) -> bool:
