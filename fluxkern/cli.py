@@ -156,6 +156,13 @@ def _add_generate(commands: Any) -> None:
         help="compact (the default), compact-base, -dev, -schnell, a diffusers folder or ORG/NAME",
     )
     add("--revision", help="branch, tag or commit of ORG/NAME")
+    add(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a .safetensors, .sft or .gguf file in the place of weights of the folder; repeatable",
+    )
     add("--negative-prompt", metavar="TEXT", help="what to lead away from")
     add("--true-cfg-scale", type=float, metavar="S", help="two-pass guidance; compact: 2, else 1")
     add("--guidance-scale", type=float, metavar="G", help=f"distilled guidance; {GUIDANCE}")
@@ -182,12 +189,16 @@ def _generate(args: argparse.Namespace) -> None:
     given, args.seed = args.seed, _seed(args.seed)
     outputs = _outputs(args, len(prompts) * args.batch)
 
+    from . import checkpoint
     from .pipeline import FluxPipeline, folder_of
 
-    folder = folder_of(args.model, args.revision)
-    _fill_defaults(args, folder)
+    files = checkpoint.parts_in(args.weights)
+    folder = folder_of(args.model, args.revision, tuple(files))
+    _fill_defaults(args, folder, files.get("transformer", folder / "transformer"))
     with _quiet_transformers():
-        pipe = FluxPipeline.from_pretrained(folder, dtype=_dtype(args), device=args.device)
+        pipe = FluxPipeline.from_pretrained(
+            folder, weights=args.weights, dtype=_dtype(args), device=args.device
+        )
         args.max_sequence_length = args.max_sequence_length or pipe.text_encoder.max_sequence_length
         facts = _facts(args, folder)
         if given is None:
@@ -292,19 +303,18 @@ def _check_free(path: Path, force: bool) -> None:
         raise ValueError(f"{path} exists already; --force writes over it")
 
 
-def _config(folder: Path) -> FluxConfig:
+def _config(folder: Path, transformer: Path) -> FluxConfig:
     from . import checkpoint
 
     if folder.is_file():
         checkpoint.read_header(folder)  # a LoRA and a pickle are refused by name
         raise ValueError(f"--model must be a diffusers folder with its text encoders, got {folder}")
     checkpoint.check_model_index(folder)
-    data = checkpoint.read_json(folder / "transformer" / "config.json")
-    return checkpoint.flux_config_from_diffusers(data)
+    return checkpoint.flux_config(transformer)
 
 
-def _fill_defaults(args: argparse.Namespace, folder: Path) -> None:
-    config = _config(folder)
+def _fill_defaults(args: argparse.Namespace, folder: Path, transformer: Path) -> None:
+    config = _config(folder, transformer)
     steps, true_cfg_scale, guidance_scale = _usual(folder, config)
     args.steps = steps if args.steps is None else args.steps
     if args.true_cfg_scale is None:
@@ -385,7 +395,7 @@ def _facts(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "device": args.device,
         "model": Path(args.model).resolve().name if here else args.model,
         "revision": folder.name if on_hub else None,
-        "weights_hash": checkpoint.weights_hash(folder),
+        "weights_hash": checkpoint.weights_hash(folder, checkpoint.parts_in(args.weights)),
         "backends": {choice.op: choice.chosen for choice in ops.explain()},
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in ("fluxkern", "torch", "transformers")},

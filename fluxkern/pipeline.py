@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,6 +99,7 @@ class FluxPipeline:
         path_or_id: str | Path,
         *,
         revision: str | None = None,
+        weights: Sequence[str | Path] = (),
         dtype: torch.dtype | Literal["int8"] | None = None,
         device: torch.device | str | None = None,
     ) -> FluxPipeline:
@@ -110,9 +111,13 @@ class FluxPipeline:
                 "compact-dev" (one pass with `guidance_scale`), "compact-schnell" (4 steps, no
                 guidance), "compact" for the first (a folder of that name is "./compact").
             revision: branch, tag or commit on the hub.
+            weights: .safetensors, .sft or .gguf files that take the place of the folder's weights,
+                quantised ones too (docs/on-a-cpu.md); each holds one part of the pipeline, or
+                several. Configs and tokenizers are the folder's.
             dtype: floating dtype of all weights; None is float32. "int8" holds the linear layers
-                of the transformer's blocks in 8 bits, with `fluxkern.ops.linear_int8`, and all else
-                in float32: for a CPU, and not to be saved.
+                of the transformer's blocks in 8 bits, with `fluxkern.ops.linear_int8`, and of a T5
+                from `weights`, whose other layers are bfloat16; all else is float32: for a CPU, and
+                not to be saved.
             device: where all parts go; None is the CPU.
 
         Returns:
@@ -120,18 +125,24 @@ class FluxPipeline:
 
         Raises:
             ValueError: not a FLUX.1 text-to-image checkpoint, or one that breaks a rule of loading;
-                a compact model that is not in the package; "int8" on another device than the CPU.
+                a file of `weights` that holds no part, or a part that another holds; a compact
+                model that is not in the package; "int8" on another device than the CPU.
         """
         device, int8 = device or "cpu", dtype == "int8"
         if int8 and torch.device(device).type != "cpu":
             raise ValueError(f"device must be cpu where dtype is 'int8', got {device}")
         dtype = torch.float32 if int8 or dtype is None else dtype
-        folder = folder_of(path_or_id, revision)
-        _check_text_to_image(folder)
+        files = checkpoint.parts_in(weights)
+        folder = folder_of(path_or_id, revision, tuple(files))
+        checkpoint.check_model_index(folder)
+        transformer = files.get("transformer", folder / "transformer")
+        checkpoint.require_text_to_image(checkpoint.flux_config(transformer))
         return cls(
-            checkpoint.load_flux(folder / "transformer", dtype=dtype, device=device, int8=int8),
-            checkpoint.load_autoencoder(folder / "vae", dtype=dtype, device=device),
-            TextEncoder.from_folder(folder, dtype=dtype, device=device),
+            checkpoint.load_flux(transformer, dtype=dtype, device=device, int8=int8),
+            checkpoint.load_autoencoder(
+                files.get("vae", folder / "vae"), dtype=dtype, device=device
+            ),
+            _text_encoder(folder, files, dtype, device, int8),
             ScheduleConfig.from_diffusers(
                 read_json(folder / "scheduler" / "scheduler_config.json")
             ),
@@ -408,10 +419,16 @@ def _as_list(name: str, texts: str | list[str]) -> list[str]:
     return texts
 
 
-def folder_of(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of what `from_pretrained` loads; a ValueError where there is none."""
+def folder_of(
+    path_or_id: str | Path, revision: str | None = None, replaced: tuple[str, ...] = ()
+) -> Path:
+    """The local folder of what `from_pretrained` loads; a ValueError where there is none.
+
+    Args:
+        replaced: components whose weights are not fetched.
+    """
     if path_or_id not in COMPACT:
-        return checkpoint.resolve(path_or_id, revision=revision)
+        return checkpoint.resolve(path_or_id, revision, checkpoint.component_files(replaced))
     folder = COMPACT[str(path_or_id)]
     if not folder.is_dir():
         raise ValueError(f"{path_or_id} is not in this package: there is no {folder}")
@@ -450,11 +467,17 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
         raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
 
 
-def _check_text_to_image(folder: Path) -> None:
-    """Refuse other FLUX.1 variants by name, before any weight is read."""
-    checkpoint.check_model_index(folder)
-    config = read_json(folder / "transformer" / "config.json")
-    checkpoint.require_text_to_image(checkpoint.flux_config_from_diffusers(config))
+def _text_encoder(
+    folder: Path, files: dict[str, Path], dtype: torch.dtype, device: Any, int8: bool
+) -> TextEncoder:
+    options = {"dtype": dtype, "device": device}
+    clip = t5 = None
+    if "text_encoder" in files:
+        clip = checkpoint.load_clip(files["text_encoder"], folder / "text_encoder", **options)
+    if "text_encoder_2" in files:
+        own = options | ({"dtype": torch.bfloat16, "int8": True} if int8 else {})
+        t5 = checkpoint.load_t5(files["text_encoder_2"], folder / "text_encoder_2", **own)
+    return TextEncoder.from_folder(folder, **options, clip=clip, t5=t5)
 
 
 def _default_size(vae_config: dict[str, Any]) -> int:

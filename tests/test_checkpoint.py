@@ -603,7 +603,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_named_in_one_error(folder,
         tensors["proj_out.bias"] = torch.zeros(9)
 
     change_tensors(folder, change)
-    monkeypatch.setattr(files, "_fill", lambda *_: pytest.fail("memory was taken"))
+    monkeypatch.setattr(files, "fill", lambda *_: pytest.fail("memory was taken"))
     message = refused(folder, r"1 missing \(x_embedder\.bias \[64\]\)")
     assert "1 unexpected (surprise [3, 4])" in message
     assert "1 mis-shaped (proj_out.bias found [9] expected [8])" in message

@@ -532,6 +532,18 @@ def test_convert_refuses_what_is_no_checkpoint_and_leaves_nothing(fluxkern_at, t
     assert files_below(tmp_path) == ["junk.safetensors", "lora.safetensors"]
 
 
+def test_generate_takes_weights_from_files(fluxkern_at):
+    fluxkern_at("convert", "compact", "int8.safetensors", "--to", "bfl", "--dtype", "int8")
+    command = ["generate", PROMPT, "--seed", 3, "--steps", 1, "--dtype", "int8"]
+    made = fluxkern_at(*command, "--output", "b.png", "--weights", "int8.safetensors")
+    assert made == (0, "b.png\n", made[2])
+    assert fluxkern_at(*command, "--output", "c.png")[0] == 0
+    assert np.array_equal(*(np.asarray(Image.open(name)) for name in ("b.png", "c.png")))
+    assert about("b.png")["weights_hash"] != about("c.png")["weights_hash"]
+    Path("no.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    assert_refused(fluxkern_at(*command, "--weights", "no.safetensors"), 2, "git-lfs pointer")
+
+
 def test_convert_writes_int8(fluxkern_at):
     command = ("convert", "compact-base", "int8.safetensors", "--to", "bfl", "--dtype", "int8")
     assert fluxkern_at(*command) == (0, "int8.safetensors\n", "")

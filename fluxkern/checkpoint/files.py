@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._files import check_link, read_json, read_weight_map, write_files, write_json
 from ..model.autoencoder import AutoEncoder
 from ..model.int8 import block_linears, comfy_state, int8_state, is_int8, to_int8
-from ..model.transformer import Flux
+from ..model.transformer import Flux, FluxConfig
 from . import configs, names
 from .gguf import MAGIC, read_gguf
 from .names import ALL_ROWS, Piece
@@ -33,10 +33,11 @@ SUFFIXES = (".safetensors", ".sft", ".gguf")
 FLUX_PREFIXES = ("model.diffusion_model.",)
 AUTOENCODER_PREFIXES = ("vae.", "first_stage_model.")
 OTHER_PARTS = (*FLUX_PREFIXES, *AUTOENCODER_PREFIXES, "text_encoders.")
-NORM_WEIGHT = re.compile(r"(\.norm\.(?:query|key)_norm)\.weight$")
+Renames = Sequence[tuple[str, str]]
+NORM_WEIGHT = ((r"(\.norm\.(?:query|key)_norm)\.weight$", r"\1.scale"),)
 PICKLES = {".bin", ".pt", ".ckpt", ".pth", ".pkl", ".pickle"}
 FETCHED = (".json", ".safetensors", ".txt", ".model")
-COMPONENT_FILES = ("model_index.json", *(f"*/*{suffix}" for suffix in FETCHED))
+COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")  # those with weights
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -59,6 +60,7 @@ class _Kind:
     config_to_diffusers: Callable[[Any], dict[str, Any]]
     config_from_state: Callable[[dict[str, tuple[int, ...]]], Any]
     prefixes: tuple[str, ...]
+    renames: Renames
     to_diffusers: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     pieces: Callable[[nn.Module], list[Piece]]
 
@@ -80,6 +82,7 @@ FLUX = _Kind(
     configs.flux_config_to_diffusers,
     configs.flux_config_from_state,
     FLUX_PREFIXES,
+    NORM_WEIGHT,
     names.flux_to_diffusers,
     _flux_pieces,
 )
@@ -89,6 +92,7 @@ AUTOENCODER = _Kind(
     configs.autoencoder_config_to_diffusers,
     configs.autoencoder_config_from_state,
     AUTOENCODER_PREFIXES,
+    (),
     names.autoencoder_to_diffusers,
     _autoencoder_pieces,
 )
@@ -168,14 +172,22 @@ def read_header(path: str | Path) -> dict[str, Stored | Quantised]:
     return grouped(entries, {path: texts})
 
 
-def _stored_in_single(path: Path, prefixes: tuple[str, ...]) -> dict[str, Stored | Quantised]:
-    """The part of a file that lies under one of the prefixes, or under none, by its own names."""
+def stored_in_single(
+    path: Path, prefixes: tuple[str, ...], renames: Renames = ()
+) -> dict[str, Stored | Quantised]:
+    """The part of a file that lies under one of the prefixes, or under none, by its own names.
+
+    Args:
+        renames: patterns in its names and what takes their place.
+    """
     out: dict[str, Stored | Quantised] = {}
     for name, entry in read_header(path).items():
         prefix = next((p for p in prefixes if name.startswith(p)), "")
         if not prefix and name.startswith(OTHER_PARTS):
             continue
-        own = NORM_WEIGHT.sub(r"\1.scale", name.removeprefix(prefix))
+        own = name.removeprefix(prefix)
+        for pattern, replacement in renames:
+            own = re.sub(pattern, replacement, own)
         if own in out:
             raise ValueError(
                 f"{path} holds {own:.200} twice, as {name:.200} and as {out[own].key:.200}"
@@ -184,10 +196,11 @@ def _stored_in_single(path: Path, prefixes: tuple[str, ...]) -> dict[str, Stored
     return out
 
 
-def _stored_in_folder(folder: Path) -> dict[str, Stored | Quantised]:
-    single, index = folder / f"{WEIGHTS}.safetensors", folder / INDEX
+def stored_in_folder(folder: Path, stem: str = WEIGHTS) -> dict[str, Stored | Quantised]:
+    """What the one .safetensors file of a folder holds, or all the shards of its index."""
+    single, index = (folder / f"{stem}.safetensors{kind}" for kind in ("", ".index.json"))
     if single.exists() and index.exists():
-        raise ValueError(f"{folder} holds both {single.name} and {INDEX}; remove one")
+        raise ValueError(f"{folder} holds both {single.name} and {index.name}; remove one")
     if index.exists():
         return _stored_in_shards(index)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES)
@@ -215,9 +228,10 @@ def _stored_in_shards(index: Path) -> dict[str, Stored | Quantised]:
 # loading
 
 
-def _compare(
+def compare(
     where: Path, stored: Mapping[str, Stored | Quantised], shapes: Mapping[str, list[int]]
 ) -> None:
+    """Refuses tensors that are missing, unexpected or mis-shaped, all in one error."""
     missing = [f"{name} {shape}" for name, shape in shapes.items() if name not in stored]
     unexpected = [f"{n} {list(s.shape)}" for n, s in stored.items() if n not in shapes]
     shaped = [
@@ -243,32 +257,42 @@ def _shapes_in_file(model: nn.Module, pieces: list[Piece], diffusers: bool) -> d
     return shapes
 
 
-def _fill(
+def fill(
     model: nn.Module,
     pieces: list[Piece],
     stored: Mapping[str, Stored | Quantised],
     dtype: torch.dtype | None,
     device: torch.device | str,
-    int8: bool,
+    int8: list[str],
 ) -> None:
+    """Gives a model on the meta device its weights, tensor by tensor.
+
+    Args:
+        pieces: where the parts of each tensor are; tensors that they do not name stay as they are.
+        stored: name in the file -> tensor, compared with the model before.
+        dtype: of every parameter; None keeps what each tensor is stored in.
+        device: where the parameters are made.
+        int8: names of linear layers that are made 8 bits wide.
+    """
     parts: dict[str, list[Piece]] = {}
     for piece in pieces:
         parts.setdefault(piece.native, []).append(piece)
     state: dict[str, Tensor] = {}
     spoilt, maps = [], Maps()
-    quantised = {f"{layer}.weight" for layer in block_linears(model)} if int8 else set()
-    for name, meta in model.state_dict().items():
+    shapes = {name: meta.shape for name, meta in model.state_dict().items()}
+    quantised = {f"{layer}.weight" for layer in int8}
+    for name in parts:
         if name in quantised:
-            weight, finite = _int8(meta.shape, parts[name], stored, maps)
+            weight, finite = _int8(shapes[name], parts[name], stored, maps)
             state |= int8_state(name, *(tensor.to(device) for tensor in weight))
         else:
-            state[name], finite = _numbers(meta.shape, parts[name], stored, dtype, device)
+            state[name], finite = _numbers(shapes[name], parts[name], stored, dtype, device)
         if not finite:
             spoilt.append(name)
     if spoilt:
         problem = names.listed("tensors with a NaN or an infinity", spoilt)[0]
         warnings.warn(f"{next(iter(stored.values())).file}: {problem}", stacklevel=4)
-    (to_int8(model) if int8 else model).load_state_dict(state, assign=True)
+    to_int8(model, int8).load_state_dict(state, assign=True, strict=False)
 
 
 def _numbers(
@@ -317,20 +341,33 @@ def _load(
     if path.is_dir():
         config = read_json(path / "config.json")
         model = _on_meta(kind, path, kind.config_from_diffusers, config)
-        stored, pieces = _stored_in_folder(path), kind.pieces(model)
+        stored, pieces = stored_in_folder(path), kind.pieces(model)
     else:
-        stored = _stored_in_single(path, kind.prefixes)
+        stored = stored_in_single(path, kind.prefixes, kind.renames)
         shapes = {name: entry.shape for name, entry in stored.items()}
         model = _on_meta(kind, path, kind.config_from_state, shapes)
         pieces = [Piece(name, ALL_ROWS, name, ALL_ROWS) for name in model.state_dict()]
-    _compare(path, stored, _shapes_in_file(model, pieces, path.is_dir()))
-    _fill(model, pieces, stored, dtype, device, int8)
+    compare(path, stored, _shapes_in_file(model, pieces, path.is_dir()))
+    fill(model, pieces, stored, dtype, device, block_linears(model) if int8 else [])
     return model.eval()
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating dtype, got {dtype}")
+
+
+def flux_config(path: str | Path) -> FluxConfig:
+    """The configuration of a transformer's file or folder, from its header or config.json.
+
+    Raises:
+        ValueError: as load_flux.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return configs.flux_config_from_diffusers(read_json(path / "config.json"))
+    stored = stored_in_single(path, FLUX_PREFIXES, NORM_WEIGHT)
+    return configs.flux_config_from_state({name: entry.shape for name, entry in stored.items()})
 
 
 def load_flux(
@@ -533,25 +570,36 @@ def convert(src: str | Path, dst: str | Path, to: str, dtype: str | None = None)
 # where a checkpoint is
 
 
-def weights_hash(path: str | Path) -> str:
+def component_files(replaced: Sequence[str] = ()) -> list[str]:
+    """Patterns of the files of a pipeline's folder, without the weights of some components."""
+    weights = [f"{name}/*.safetensors" for name in COMPONENTS if name not in replaced]
+    others = [f"*/*{suffix}" for suffix in FETCHED if suffix != ".safetensors"]
+    return ["model_index.json", *others, *weights]
+
+
+def weights_hash(path: str | Path, replaced: Mapping[str, Path] | None = None) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of a checkpoint's weights.
 
     Args:
         path: a .safetensors file, a component's folder, or a pipeline's folder.
+        replaced: component of a pipeline's folder -> the file in the place of its weights.
     Returns:
         the digits; for a folder, over the names and the bytes of its files in order.
     Raises:
         ValueError: no .safetensors file there.
     """
-    path = Path(path)
+    path, replaced = Path(path), replaced or {}
     pattern = "*/*.safetensors" if (path / "model_index.json").is_file() else "*.safetensors"
     files = [path] if path.is_file() else sorted(path.glob(pattern))
-    if not files:
+    labels = {file.relative_to(path).as_posix(): file for file in files}  # "." of a file alone
+    labels = {n: f for n, f in labels.items() if n.partition("/")[0] not in replaced}
+    labels |= dict(sorted(replaced.items()))
+    if not labels:
         raise ValueError(f"{path} holds no .safetensors file")
     total = hashlib.sha256()
-    for file in files:
-        if path.is_dir():
-            total.update(file.relative_to(path).as_posix().encode())
+    for label, file in labels.items():
+        if label != ".":
+            total.update(label.encode())
         with open(file, "rb") as data:
             total.update(hashlib.file_digest(data, "sha256").digest())
     return total.hexdigest()[:16]
@@ -560,15 +608,15 @@ def weights_hash(path: str | Path) -> str:
 def resolve(
     path_or_id: str | Path,
     revision: str | None = None,
-    allow_patterns: Sequence[str] = COMPONENT_FILES,
+    allow_patterns: Sequence[str] | None = None,
 ) -> Path:
     """The local folder or file that a path or an id on the Hugging Face hub stands for.
 
     Args:
         path_or_id: what exists on this machine; else "org/name", or "org/name/file.safetensors".
         revision: a branch, tag or commit of the hub's repository.
-        allow_patterns: which of its files are fetched; each ends in .json, .safetensors, .txt or
-            .model.
+        allow_patterns: which of its files are fetched, each .json, .safetensors, .txt or .model;
+            None: those of all components.
     Returns:
         the path given, or that of the copy in the hub's cache. HF_HUB_OFFLINE is obeyed.
     Raises:
@@ -580,7 +628,8 @@ def resolve(
     if not match or ".." in str(path_or_id):
         raise ValueError(f"{path_or_id} is neither a file or folder here nor an id like org/name")
     name, file = match.groups()
-    for pattern in (file,) if file else allow_patterns:
+    patterns = component_files() if allow_patterns is None else list(allow_patterns)
+    for pattern in (file,) if file else patterns:
         if not pattern.endswith(FETCHED):
             raise ValueError(f"only {', '.join(FETCHED)} files are fetched, got {pattern!r:.200}")
     from huggingface_hub import errors, hf_hub_download, snapshot_download
@@ -588,7 +637,6 @@ def resolve(
     try:
         if file:
             return Path(hf_hub_download(name, file, revision=revision))
-        patterns = list(allow_patterns)
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError, errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]

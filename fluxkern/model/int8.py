@@ -72,9 +72,9 @@ def int8_state(name: str, values: Tensor, scale: Tensor) -> dict[str, Tensor]:
     return {f"{layer}values": values, f"{layer}scale": scale}
 
 
-def to_int8(model: nn.Module) -> nn.Module:
-    """Puts an `Int8Linear` in the place of each of `block_linears`, one after another."""
-    for name in block_linears(model):
+def to_int8(model: nn.Module, layers: list[str] | None = None) -> nn.Module:
+    """Puts an `Int8Linear` in the place of each of the layers; None: of `block_linears`."""
+    for name in block_linears(model) if layers is None else layers:
         model.set_submodule(name, Int8Linear(model.get_submodule(name)))
     return model
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 T5_LIMIT = 512
+CLIP_TYPE, T5_TYPE = "clip_text_model", "t5"  # model_type in a config.json
 _CODE_CHOOSING_KEYS = (
     "auto_map",
     "trust_remote_code",
@@ -130,6 +131,8 @@ class TextEncoder:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        clip: CLIPTextModel | None = None,
+        t5: T5EncoderModel | None = None,
     ) -> TextEncoder:
         """Load the text encoders of a diffusers folder, without network and without its code.
 
@@ -137,6 +140,8 @@ class TextEncoder:
             folder: holds `tokenizer`, `tokenizer_2`, `text_encoder` and `text_encoder_2`.
             dtype: floating dtype of the weights.
             device: where the encoders go.
+            clip: a CLIP in the place of the folder's.
+            t5: a T5 in the place of the folder's.
 
         Returns:
             The text encoder.
@@ -150,8 +155,10 @@ class TextEncoder:
         folder = Path(folder)
         clip_tokenizer = _load_tokenizer(CLIPTokenizer, folder / "tokenizer")
         t5_tokenizer = _load_tokenizer(T5TokenizerFast, folder / "tokenizer_2")
-        clip = _load_model(CLIPTextModel, ("clip_text_model",), folder / "text_encoder", dtype)
-        t5 = _load_model(T5EncoderModel, ("t5",), folder / "text_encoder_2", dtype)
+        if clip is None:
+            clip = _load_model(CLIPTextModel, CLIP_TYPE, folder / "text_encoder", dtype)
+        if t5 is None:
+            t5 = _load_model(T5EncoderModel, T5_TYPE, folder / "text_encoder_2", dtype)
         return cls(clip, clip_tokenizer, t5, t5_tokenizer).to(device)
 
     def save(self, folder: str | Path) -> None:
@@ -165,6 +172,27 @@ class TextEncoder:
         self.t5_tokenizer.save_pretrained(folder / "tokenizer_2")
         save_encoder(self.clip, folder / "text_encoder")
         save_encoder(self.t5, folder / "text_encoder_2")
+
+
+def empty_encoder(part: str, folder: Path) -> CLIPTextModel | T5EncoderModel:
+    """An encoder without its weights: all of it lies on the meta device.
+
+    Args:
+        part: "text_encoder" for CLIP, "text_encoder_2" for T5.
+        folder: whose config.json has its sizes.
+
+    Raises:
+        ValueError: no such config, one of another kind of model, or one that asks for code.
+    """
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    is_clip = part == "text_encoder"
+    kind, model_type = (CLIPTextModel, CLIP_TYPE) if is_clip else (T5EncoderModel, T5_TYPE)
+    config = read_json(folder / "config.json")
+    config.pop("quantization_config", None)  # who reads the weights sees what they are
+    _check_config(folder / "config.json", config, model_type)
+    with torch.device("meta"):
+        return _with_short_errors(folder, lambda: kind(kind.config_class.from_dict(config)))
 
 
 def save_encoder(encoder: Any, folder: Path) -> None:
@@ -232,17 +260,13 @@ def _tokenize(tokenizer: Any, texts: list[str], limit: int, name: str) -> Tensor
 
 
 def _load_tokenizer(kind: type, folder: Path) -> Any:
-    _read_config(folder, "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    _check_config(path, read_json(path))
     return _with_short_errors(folder, kind.from_pretrained, folder, local_files_only=True)
 
 
-def _load_model(kind: type, model_types: tuple[str, ...], folder: Path, dtype: torch.dtype) -> Any:
-    config = _read_config(folder, "config.json")
-    if config.get("model_type") not in model_types:
-        raise ValueError(
-            f"{folder}: model_type must be {model_types[0]!r}, "
-            f"got {str(config.get('model_type'))[:80]!r}"
-        )
+def _load_model(kind: type, model_type: str, folder: Path, dtype: torch.dtype) -> Any:
+    _check_config(folder / "config.json", read_json(folder / "config.json"), model_type)
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder}: holds an adapter, which fluxkern does not load")
     for index in sorted(folder.glob("*.index.json")):
@@ -275,14 +299,16 @@ def _with_short_errors(folder: Path, load: Any, *args: Any, **options: Any) -> A
         ) from error
 
 
-def _read_config(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    config = read_json(path)
+def _check_config(path: Path, config: dict[str, Any], model_type: str | None = None) -> None:
     _refuse_code(path, config)
     for key in _FILE_CHOOSING_KEYS:
         if config.get(key) is not None:
             raise ValueError(f"{path}: may not choose a file ({key})")
-    return config
+    found = config.get("model_type")
+    if model_type is not None and found != model_type:
+        raise ValueError(
+            f"{path.parent}: model_type must be {model_type!r}, got {str(found)[:80]!r}"
+        )
 
 
 def _refuse_code(path: Path, value: object) -> None:
