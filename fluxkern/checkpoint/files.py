@@ -279,14 +279,15 @@ def fill(
         parts.setdefault(piece.native, []).append(piece)
     state: dict[str, Tensor] = {}
     spoilt, maps = [], Maps()
-    shapes = {name: meta.shape for name, meta in model.state_dict().items()}
     quantised = {f"{layer}.weight" for layer in int8}
-    for name in parts:
+    for name, meta in model.state_dict().items():
+        if name not in parts:
+            continue
         if name in quantised:
-            weight, finite = _int8(shapes[name], parts[name], stored, maps)
+            weight, finite = _int8(meta.shape, parts[name], stored, maps)
             state |= int8_state(name, *(tensor.to(device) for tensor in weight))
         else:
-            state[name], finite = _numbers(shapes[name], parts[name], stored, dtype, device)
+            state[name], finite = _numbers(meta.shape, parts[name], stored, dtype, device)
         if not finite:
             spoilt.append(name)
     if spoilt:
