@@ -2,23 +2,25 @@
 
 import re
 from dataclasses import dataclass, replace
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
 
-def replaced(cls: type, name: str) -> str | None:
-    """The reason why `cls.name` is not the method that the module of the class defines."""
-    method = getattr(cls, name, None)
+def replaced(owner: type | ModuleType, name: str) -> str | None:
+    """The reason why a function of a class or module is not one that its package defines there."""
+    function = getattr(owner, name, None)
+    is_class = isinstance(owner, type)
+    package = (owner.__module__ if is_class else owner.__name__).partition(".")[0]
     if (
-        isinstance(method, FunctionType)
-        and method.__globals__.get("__name__") == cls.__module__
-        and method.__qualname__ == f"{cls.__qualname__}.{name}"
+        isinstance(function, FunctionType)
+        and function.__qualname__ == (f"{owner.__qualname__}.{name}" if is_class else name)
+        and function.__globals__.get("__name__", "").partition(".")[0] == package
     ):
         return None
-    return f"{cls.__qualname__}.{name} was replaced"
+    return f"{owner.__qualname__ if is_class else owner.__name__}.{name} was replaced"
 
 
 def hooked(module: nn.Module) -> str | None:

@@ -5,16 +5,21 @@ import json
 import logging
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.modeling_utils import no_init_weights
 from diffusers.models.transformers import transformer_flux
 from diffusers_models import distance, fused, inputs, run, tiny_transformer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -303,6 +308,16 @@ def test_strict_refuses_an_unknown_class_and_changes_nothing(model):
     assert snapshot(model) == before
 
 
+def of_another_diffusers(
+    monkeypatch: pytest.MonkeyPatch, cls: type, name: str, function: Callable
+) -> None:
+    """As the package itself would define it."""
+    own = dict(vars(transformer_flux))
+    new = FunctionType(function.__code__, own, name, function.__defaults__, function.__closure__)
+    new.__kwdefaults__, new.__qualname__ = function.__kwdefaults__, f"{cls.__qualname__}.{name}"
+    monkeypatch.setattr(cls, name, new)
+
+
 def test_a_block_that_computes_something_else_is_found(model, monkeypatch: pytest.MonkeyPatch):
     forward = transformer_flux.FluxSingleTransformerBlock.forward
 
@@ -310,7 +325,8 @@ def test_a_block_that_computes_something_else_is_found(model, monkeypatch: pytes
         txt, img = forward(self, *args, **kwargs)
         return txt, 2 * img  # the last norm hides the last block's
 
-    monkeypatch.setattr(transformer_flux.FluxSingleTransformerBlock, "forward", doubled)
+    block = transformer_flux.FluxSingleTransformerBlock
+    of_another_diffusers(monkeypatch, block, "forward", doubled)
     given = inputs(model)
     expected = run(model, given)
     fluxkern.accelerate(model)
@@ -323,8 +339,9 @@ def test_a_processor_of_another_signature_is_found(model, monkeypatch: pytest.Mo
     def other(self, attn, hidden_states, *, everything_else_is_new):
         raise AssertionError
 
-    monkeypatch.setattr(transformer_flux.FluxAttnProcessor, "__call__", other)
-    with pytest.raises(ValueError, match="this diffusers is not the known one"):
+    of_another_diffusers(monkeypatch, transformer_flux.FluxAttnProcessor, "__call__", other)
+    monkeypatch.setattr(drop_in, "_verdicts", {})
+    with pytest.raises(ValueError, match="this diffusers could not be tried"):
         fluxkern.accelerate(model)
 
 
@@ -357,15 +374,21 @@ SURROUNDINGS = [
     lambda: torch.device("meta"),
     lambda: torch.autocast("cpu", torch.bfloat16),
     lambda: attention_backend("_native_math"),
+    FakeTensorMode,
+    init_empty_weights,
+    lambda: init_empty_weights(include_buffers=True),
+    no_init_weights,
 ]
 
 
 @pytest.mark.parametrize("surrounding", SURROUNDINGS)
-def test_what_a_program_has_set_makes_no_class_unknown(surrounding):
-    drop_in._try_each.cache_clear()
+def test_what_a_program_has_set_makes_no_class_unknown(
+    surrounding: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(drop_in, "_verdicts", {})
     state = torch.get_rng_state()
     with surrounding():
-        assert set(drop_in._reasons_of_this_diffusers().values()) == {None}
+        assert {drop_in._why_not_this_diffusers(cls) for cls in drop_in.FUSED} == {None}
     assert torch.equal(torch.get_rng_state(), state)
 
 

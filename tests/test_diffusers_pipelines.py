@@ -368,6 +368,28 @@ def test_the_compact_pipeline_draws_the_same_picture():
     assert np.abs(found - expected).max() <= 1 and expected.std() > 10
 
 
+def test_a_modular_pipeline_draws_the_same_latents():
+    from diffusers.modular_pipelines.flux import FluxAutoBlocks
+
+    folder = Path(compact.__file__).parent / "weights"
+    whole = FluxPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    pipe = FluxAutoBlocks().init_pipeline()
+    pipe.update_components(**{n: c for n, c in whole.components.items() if n in pipe.components})
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> torch.Tensor:
+        asked = {"num_inference_steps": 2, "output_type": "latent", "output": "images"}
+        generator = torch.Generator().manual_seed(7)
+        return pipe(prompt="a red circle", height=64, width=64, generator=generator, **asked)
+
+    expected = draw()
+    assert fluxkern.accelerate(pipe, strict=True) is pipe
+    assert {site.name.partition(".")[0] for site in fluxkern.explain(pipe)} == {"transformer"}
+    assert torch.allclose(draw(), expected, rtol=1e-4, atol=1e-4)
+    assert not fused(fluxkern.explain(fluxkern.restore(pipe)))
+    assert torch.equal(draw(), expected)
+
+
 def test_bf16_latents_are_as_near_to_fp32_as_the_originals(seed: int):
     ours, theirs = 0.0, 0.0
     for n in range(8):

@@ -46,9 +46,14 @@ def _why_not_linear(x: Tensor) -> str | None:
     return None
 
 
+_OF_LAYER_NORM = (nn.LayerNorm, "forward")
+
+
 class _AdaLayerNorm(Fused):
+    stands_for = (_OF_LAYER_NORM,)
+
     def why_not(self) -> str | None:
-        return _layer_norm(self._modules["norm"])
+        return super().why_not() or _layer_norm(self._modules["norm"])
 
     def chunks(self, x: Tensor, emb: Tensor | None, count: int) -> tuple[Tensor, ...] | None:
         """`count` vectors [B, C] of the modulation; None where the original code is to run."""
@@ -123,9 +128,12 @@ def _not_tanh(activation: nn.Module) -> str | None:
 
 class GELU(Fused, activations.GELU):
     original = activations.GELU
+    stands_for = ((activations.GELU, "gelu"),)
 
     def why_not(self) -> str | None:
-        return _not_tanh(self)
+        if "gelu" in self.__dict__:
+            return "the gelu of a GELU was replaced on the instance"
+        return super().why_not() or _not_tanh(self)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.runs_original(self.why_not()):
@@ -138,7 +146,7 @@ class TanhGELU(Fused, nn.GELU):
     original = nn.GELU
 
     def why_not(self) -> str | None:
-        return _not_tanh(self)
+        return super().why_not() or _not_tanh(self)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.runs_original(self.why_not()):
@@ -163,6 +171,12 @@ def _intercepted() -> bool:
 
 class FluxAttention(Fused, transformer_flux.FluxAttention):
     original = transformer_flux.FluxAttention
+    stands_for = (
+        (transformer_flux.FluxAttnProcessor, "__call__"),
+        (nn.RMSNorm, "forward"),
+        (transformer_flux, "apply_rotary_emb"),
+        (transformer_flux, "dispatch_attention_fn"),
+    )
 
     def forward(
         self,
@@ -203,6 +217,8 @@ class FluxAttention(Fused, transformer_flux.FluxAttention):
     def _why_not(self, norms: list[nn.Module]) -> str | None:
         if type(self.processor) is not transformer_flux.FluxAttnProcessor:
             return f"the attention processor is {type(self.processor).__name__}"
+        if reason := super().why_not():
+            return reason
         eps = getattr(norms[-1], "eps", None)
         for norm in norms:
             if type(norm) is not nn.RMSNorm or norm.weight is None:
@@ -239,7 +255,7 @@ class FluxAttention(Fused, transformer_flux.FluxAttention):
         """Joint q, k, v [B, L, H, D], text first, q and k normed and rotated."""
         projected = transformer_flux._get_qkv_projections(self, img, txt)
         streams = projected[:3] if txt is None else (*projected[3:], *projected[:3])
-        heads = [t.view(t.shape[0], t.shape[1], -1, self.head_dim) for t in streams]
+        heads = [t.unflatten(-1, (-1, self.head_dim)) for t in streams]
         weights = [norm.weight for norm in norms]
         cos, sin = rotation[0][:, ::2], rotation[1][:, ::2]  # diffusers holds each angle twice
         settings = {"eps": norms[-1].eps, "backend": self._fluxkern.backend}
@@ -344,7 +360,8 @@ class FluxSingleTransformerBlock(Fused, transformer_flux.FluxSingleTransformerBl
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         joint_attention_kwargs: dict | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.runs_original(_why_not_block(hidden_states, encoder_hidden_states, temb)):
+        reason = self.why_not() or _why_not_block(hidden_states, encoder_hidden_states, temb)
+        if self.runs_original(reason):
             return super().forward(
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
@@ -366,10 +383,11 @@ class FluxSingleTransformerBlock(Fused, transformer_flux.FluxSingleTransformerBl
 
 class FluxTransformerBlock(Fused, transformer_flux.FluxTransformerBlock):
     original = transformer_flux.FluxTransformerBlock
+    stands_for = (_OF_LAYER_NORM,)
 
     def why_not(self) -> str | None:
-        modules = self._modules
-        return _layer_norm(modules["norm2"]) or _layer_norm(modules["norm2_context"])
+        norms = self._modules["norm2"], self._modules["norm2_context"]
+        return super().why_not() or _layer_norm(norms[0]) or _layer_norm(norms[1])
 
     def forward(
         self,

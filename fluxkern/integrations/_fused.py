@@ -1,11 +1,15 @@
 """What every module that `accelerate` changed has: its settings, and how it falls back."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+
+from .._modules import replaced
 
 log = logging.getLogger("fluxkern")
 
@@ -52,15 +56,44 @@ def differ(x: Tensor, *others: Tensor) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def _replaced(cls: type["Fused"]) -> str | None:
+    for (owner, name), own in cls._functions.items():
+        if getattr(owner, name, None) is not own and (reason := replaced(owner, name)):
+            return reason
+    return None
+
+
 class Fused:
-    """A module that `accelerate` changed: `original` is its class before, `why_not` the reason
-    against the ops as the module stands."""
+    """A module that `accelerate` changed.
+
+    `original` is its class before, `stands_for` the other functions of diffusers and torch whose
+    code its forward takes the place of, `why_not` the reason against that as the module stands.
+    """
 
     original: type[nn.Module]
+    stands_for: tuple[tuple[type | ModuleType, str], ...] = ()
+    _functions: dict[tuple[type | ModuleType, str], Callable | None]  # None: not the package's own
     _fluxkern: Settings
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "original" in cls.__dict__:
+            places = ((cls.original, "forward"), *cls.stands_for)
+            cls._functions = {p: None if replaced(*p) else getattr(*p) for p in places}
+
+    @classmethod
+    def replaced(cls) -> str | None:
+        """The reason why the code that `forward` stands for is no longer the package's own."""
+        return _replaced(cls)
+
+    @classmethod
+    def functions(cls) -> tuple[Callable, ...]:
+        """What `forward` stands for, as it is now."""
+        return tuple(getattr(*place) for place in cls._functions)
+
     def why_not(self) -> str | None:
-        return None
+        return _replaced(type(self))
 
     @property
     def backend(self) -> str | None:

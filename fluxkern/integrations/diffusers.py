@@ -3,24 +3,28 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
+from threading import RLock
 from types import MethodType
 from typing import TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, ModularPipeline
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers import transformer_flux
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import ops
 from .._modules import Site, Sites
 from ._flux_modules import FUSED, FluxAttention
 from ._fused import Fused, Settings, warn_once
 
-T = TypeVar("T", bound=nn.Module | DiffusionPipeline)
+Accelerated = nn.Module | DiffusionPipeline | ModularPipeline
+T = TypeVar("T", bound=Accelerated)
 TOKENS = 4608  # of a picture of 1024 x 1024 with 512 of text, until a call shows how many there are
 _ADD_NORM = "gated_residual_norm_modulate"
 PARTS = {  # class of a block -> path of a part ("" the block itself) -> its sites: name, kind, ops
@@ -71,6 +75,8 @@ def accelerate(obj: T, *, strict: bool = False, backend: str | None = None) -> T
 
     Gradients: as the original's, to every parameter.
     """
+    if _trying.get():  # a constructor that accelerates, while this diffusers is tried
+        return obj
     if backend is not None and backend not in ops.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
     changed = [part.module for part in _parts(obj) if part.swap(Settings(backend, strict))]
@@ -105,7 +111,7 @@ def restore(obj: T) -> T:
     return obj
 
 
-def explain(obj: nn.Module | DiffusionPipeline) -> Sites:
+def explain(obj: Accelerated) -> Sites:
     """What runs at every norm, gate, attention and GELU of a model's FLUX.1 blocks, and why.
 
     Backends are those for as many tokens as the last call had.
@@ -132,6 +138,7 @@ class _Part:
     block_name: str
     path: str
     sites: list[tuple[str, str, str]]
+    check: Callable[[type[nn.Module]], str | None]
 
     @property
     def module(self) -> nn.Module | None:
@@ -144,22 +151,20 @@ class _Part:
         module = self.module
         if module is None:
             return f"a {type(self.block).__name__} has no {self.path}"
-        if isinstance(module, Fused):
-            return None
-        if type(module) not in FUSED:
-            cls = type(module)
+        cls = module.original if isinstance(module, Fused) else type(module)
+        if cls not in FUSED:
             return f"a module is a {cls.__module__}.{cls.__qualname__}, which is not known"
-        if reason := _reasons_of_this_diffusers()[type(module)]:
-            return reason
         if "forward" in module.__dict__ and not _held(module):
-            return f"the forward of a {type(module).__name__} was replaced on the instance"
+            return f"the forward of a {cls.__name__} was replaced on the instance"
+        if not isinstance(module, Fused):
+            return self.check(cls)
         return None
 
     def swap(self, settings: Settings) -> bool:
         """True if it now first runs on ops."""
-        if self.why_not_swapped() is not None:
-            return False
         new = not isinstance(self.module, Fused)
+        if new and self.why_not_swapped() is not None:
+            return False
         if new:
             _change_class(self.module, FUSED[type(self.module)])
         self.module._fluxkern = settings
@@ -187,10 +192,10 @@ def _last(reason: str | None) -> str | None:
     return reason and f"in the last call {reason}"
 
 
-def _roots(obj: nn.Module | DiffusionPipeline) -> Iterator[tuple[str, nn.Module]]:
+def _roots(obj: Accelerated) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(obj, nn.Module):
         yield "", obj
-    elif isinstance(obj, DiffusionPipeline):
+    elif isinstance(obj, DiffusionPipeline | ModularPipeline):
         modules = {n: c for n, c in obj.components.items() if isinstance(c, nn.Module)}
         yield from modules.items()
     else:
@@ -199,12 +204,13 @@ def _roots(obj: nn.Module | DiffusionPipeline) -> Iterator[tuple[str, nn.Module]
         )
 
 
-def _parts(obj: nn.Module | DiffusionPipeline) -> Iterator[_Part]:
+def _parts(obj: Accelerated) -> Iterator[_Part]:
+    check = cache(_why_not_this_diffusers)  # a failure is not kept longer
     for root_name, root in _roots(obj):
         for name, module in root.named_modules(prefix=root_name):
             known = next((cls for cls in type(module).__mro__ if cls in PARTS), None)
             for path, sites in PARTS.get(known, {}).items():
-                yield _Part(module, name, path, sites)
+                yield _Part(module, name, path, sites, check)
 
 
 # changing a class, and the bound forwards that hooks hold
@@ -240,30 +246,42 @@ def _restore(modules: list[nn.Module]) -> None:
 # does the installed diffusers compute what the ops compute?
 
 
-def _reasons_of_this_diffusers() -> dict[type[nn.Module], str | None]:
-    """Per class of diffusers None, or the reason why ours cannot stand in for it."""
-    processor = transformer_flux.FluxAttnProcessor.__call__
-    return _try_each(tuple(original.forward for original in FUSED), processor)
+_verdicts: dict[tuple[Callable, ...], str | None] = {}  # by the functions that ours stand for
+_lock = RLock()
+_trying = ContextVar("trying", default=False)
 
 
-@cache
-def _try_each(*_: object) -> dict[type[nn.Module], str | None]:
-    with _nothing_else():
-        try:
-            model = _small_model()
-            expected = _run(model)
-        except Exception as error:  # whatever a diffusers that is not known may raise
-            return dict.fromkeys(FUSED, f"this diffusers is not the known one: {error}")
-        return {original: _difference(model, original, expected) for original in FUSED}
+def _why_not_this_diffusers(original: type[nn.Module]) -> str | None:
+    """The reason why ours cannot stand in for a class of diffusers; found once, where it can be."""
+    if reason := FUSED[original].replaced():
+        return reason
+    with _lock:
+        if FUSED[original].functions() not in _verdicts:
+            try:
+                with _nothing_else():
+                    _try_each()
+            except Exception as error:  # of this moment, or of a diffusers that is not known
+                return f"this diffusers could not be tried: {error}"
+        return _verdicts[FUSED[original].functions()]
+
+
+def _try_each() -> None:
+    model = _small_model()
+    expected = _run(model)
+    for original, fused in FUSED.items():
+        if not fused.replaced() and fused.functions() not in _verdicts:
+            _verdicts[fused.functions()] = _difference(model, original, expected)
 
 
 @contextmanager
 def _nothing_else() -> Iterator[None]:
     """On a CPU and without what a program may have set for its own calls."""
-    replaced = F.scaled_dot_product_attention
+    attention = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention
+    token = _trying.set(True)
     try:
         with (
+            _disable_current_modes(),  # of dispatch: fake tensors
             torch._C.DisableTorchFunction(),  # modes: default devices, packages that intercept
             torch.autocast("cpu", enabled=False),
             torch.random.fork_rng(devices=[]),
@@ -272,7 +290,8 @@ def _nothing_else() -> Iterator[None]:
         ):
             yield
     finally:
-        F.scaled_dot_product_attention = replaced
+        _trying.reset(token)
+        F.scaled_dot_product_attention = attention
 
 
 def _small_model() -> FluxTransformer2DModel:
@@ -285,7 +304,8 @@ def _small_model() -> FluxTransformer2DModel:
         joint_attention_dim=8,
         pooled_projection_dim=8,
         axes_dims_rope=(4, 6, 6),
-    ).float()
+    )
+    model = model.to_empty(device="cpu").float()  # also where a program makes no memory for weights
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.normal_(std=0.3, generator=generator)
@@ -311,10 +331,7 @@ def _difference(
     for module in modules:
         _change_class(module, FUSED[original])
         module._fluxkern = Settings(None, True)
-    try:
-        error = (_run(model) - expected).abs().max() / expected.abs().max()
-    except Exception as reason:  # likewise
-        return f"{original.__name__} of this diffusers is not the known one: {reason}"
+    error = (_run(model) - expected).abs().max() / expected.abs().max()
     if not modules or not error < 1e-4:
         return f"{original.__name__} of this diffusers computes something else"
     return None
@@ -323,7 +340,7 @@ def _difference(
 # which backend an op would choose
 
 
-def _tokens(obj: nn.Module | DiffusionPipeline) -> int:
+def _tokens(obj: Accelerated) -> int:
     modules = (module for _, root in _roots(obj) for module in root.modules())
     attentions = (module for module in modules if isinstance(module, FluxAttention))
     return max((module._fluxkern.tokens for module in attentions), default=0) or TOKENS
