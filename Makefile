@@ -1,5 +1,5 @@
 # Everything a developer runs. TORCH and TRITON are the pair that this commit is tested with.
-# FLUXKERN_BUILD is what `build` compiles: cpu, cuda (and cpu), auto or none.
+# FLUXKERN_BUILD is what `build` compiles: cpu, cuda (and cpu), cuda-alone, auto or none.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -48,10 +48,10 @@ sanitize: $(VENV)/.installed
 bench: build
 	$(BIN)/fluxkern bench $(if $(SUITE),--suite $(SUITE))
 
-# needs no virtual environment: python3 with torch, on a machine with a GPU
+# needs no virtual environment: python3 with torch, on a machine with a GPU; see its file's head
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(if $(BUDGET),--budget $(BUDGET)) \
-	  $(if $(SITE),--site $(SITE))
+	  $(if $(SITE),--site $(SITE)) $(if $(RESUME),--resume $(RESUME)) $(if $(DRY_RUN),--dry-run)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -3,10 +3,10 @@
     python setup.py build_ext --inplace   fluxkern/_C_cpu.so, _C_cuda.so, _build_info.json
     python setup.py build_emulator        fluxkern/_C_cuda_emulator.so: the CUDA sources on a CPU
 
-FLUXKERN_BUILD says what is built: cpu, cuda (and cpu), none, or auto, which builds what this
-machine can and warns of what failed. CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST, FORCE_CUDA, MAX_JOBS
-and NVCC_THREADS mean what they mean to torch's own extensions. torch's CUDAExtension is not used:
-it refuses to compile under a torch for CPUs.
+FLUXKERN_BUILD says what is built: cpu, cuda (and cpu), cuda-alone, none, or auto, which builds what
+this machine can and warns of what failed. CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST, FORCE_CUDA,
+MAX_JOBS and NVCC_THREADS mean what they mean to torch's own extensions. torch's CUDAExtension is
+not used: it refuses to compile under a torch for CPUs.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ CHOICES = {
     "auto": ("_C_cpu", "_C_cuda"),
     "cpu": ("_C_cpu",),
     "cuda": ("_C_cpu", "_C_cuda"),
+    "cuda-alone": ("_C_cuda",),
     "none": (),
 }
 TORCH_TARGET = (2, 10)  # the oldest torch that loads the objects

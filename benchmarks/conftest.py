@@ -96,7 +96,9 @@ def compare(compared: dict, benchmark: Any, request: pytest.FixtureRequest) -> C
         rounds: int = bench.MIN_ROUNDS,
     ) -> None:
         found, benchmark.group = find(group, measure, rounds), group
-        row, left_out = found.row(provider), found.skipped | found.failed
+        if provider in found.failed:
+            pytest.fail(f"{group} by {provider}: {found.failed[provider]}")
+        row, left_out = found.row(provider), found.skipped
         if row is None and (provider in left_out or not option.benchmark_disable):
             pytest.skip(f"{provider}: {left_out.get(provider, 'is no part of this comparison')}")
         if row is None:  # it was verified, not timed

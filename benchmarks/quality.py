@@ -172,7 +172,7 @@ def right(
         for name, mode in modes.items()
     }
     providers = {n: Provider(partial(call, m), limits[n], ours=True) for n, m in modes.items()}
-    return whole.verified(what, providers, truth, "cpu")[0]
+    return whole.errors_of(what, providers, truth, "cpu")
 
 
 def timed(modes: dict[str, Mode], rounds: int) -> bench.Comparison:

@@ -10,6 +10,8 @@ import torch
 
 from fluxkern import bench
 
+from . import rows
+
 NOT_HERE = ("no CUDA device", "is missing")  # reasons of the machine and the build, not of a row
 
 
@@ -67,10 +69,12 @@ class Report:
     ) -> None:
         try:
             found = measure()
-        except bench.WrongResult as refusal:
-            said = self.refuse(f"{name}: {refusal}")
+        except Exception as failure:  # of all of it: the rest of the suite goes on
+            said = self.refuse(f"{name}: {rows.failed(failure)}")
         else:
-            self.data["rows"] += [row.as_dict() for row in found.rows]
+            for row in found.rows:
+                self.data["rows"].append(row.as_dict())
+                rows.emit(comparison=name, **row.as_dict())
             self.data["verified"].append(f"{name}: {', '.join(found.verified)}")
             self.data["skipped"] |= {
                 provider if not_here(why) else f"{name} by {provider}": why
@@ -78,12 +82,13 @@ class Report:
             }
             said = table(found.rows) or f"right: {self.data['verified'][-1]}"
             for peer, why in found.failed.items():
-                said += "\n" + self.refuse(f"{name} by {peer}, which is installed: {why}")
+                said += "\n" + self.refuse(f"{name} by {peer}: {why}")
         self.save()
         print(said, flush=True)
 
     def refuse(self, why: str) -> str:
         self.data["refused"].append(why)
+        rows.emit(status="failed", why=why)
         return f"REFUSED {why}"
 
     def save(self) -> None:

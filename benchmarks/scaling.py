@@ -95,8 +95,7 @@ def error_of(what: str, model: step.Model, given: dict[str, Any], steps: int) ->
     truth = Truth((right.float(),), (start,))
     limit = model.limit(truth, model.on_the_reference(run, model, given, steps))
     ours = Provider(partial(run, model, given, steps), limit, ours=True)
-    errors, *_ = whole.verified(what, {OURS: ours}, truth, model.device)
-    return errors[OURS]
+    return whole.errors_of(what, {OURS: ours}, truth, model.device)[OURS]
 
 
 def kinds_of(call: Callable[[], object], seconds: float, device: str) -> dict[str, float]:

@@ -75,6 +75,7 @@ def kernels_of(op: str, device: str) -> set[str]:
         return set()
     found = {"cpu"} if device == "cpu" else {"cuda", "triton"}
     found &= set(case.backends)
+    found |= set(ops.variants(op.removesuffix("_backward"))) if "cuda" in found else set()
     return found | set(case.providers) if found and device != "cpu" else found
 
 
@@ -208,7 +209,7 @@ def taken_apart(provider: Provider, calls: int) -> tuple[dict[str, float], float
 def verified(
     what: str, providers: dict[str, Provider], truth: Truth, device: str
 ) -> tuple[dict[str, float], dict[str, str], dict[str, str]]:
-    """Errors, why torch.compile or a peer is not timed, and which peer does not run."""
+    """Errors, why torch.compile or a peer is not timed, and who had to be right and is not."""
     errors, skipped, failed = {}, {}, {}
     for name, provider in providers.items():
         try:
@@ -219,12 +220,21 @@ def verified(
                 raise bench.WrongResult(f"{what} by {name}: relative L2 must be {limit}")
             errors[name] = error
         except Exception as failure:
-            if name not in (COMPILED, TORCHAO):
-                raise
-            may_not = name == COMPILED or isinstance(failure, bench.WrongResult)
+            wrong = isinstance(failure, bench.WrongResult)
+            may_not = name == COMPILED or (name == TORCHAO and wrong)
             said = f"{type(failure).__name__}: {failure}".partition("\n")[0]
             (skipped if may_not else failed)[name] = said
     return errors, skipped, failed
+
+
+def errors_of(
+    what: str, providers: dict[str, Provider], truth: Truth, device: str
+) -> dict[str, float]:
+    """Of all of them; WrongResult where one has failed."""
+    errors, _, failed = verified(what, providers, truth, device)
+    for name, why in failed.items():
+        raise bench.WrongResult(f"{what} by {name}: {why}")
+    return errors
 
 
 def timed(
@@ -263,8 +273,9 @@ def measure(
         only: names of providers; None takes all.
         device: "cpu" or "cuda".
 
-    Raises:
-        WrongResult: a result is wrong, or ops of ours ran elsewhere than they should, or nowhere.
+    Returns:
+        The rows; one whose result is wrong, or that ran elsewhere than it should, has failed and
+        is not timed.
     """
     named = {n: p for n, p in providers.items() if only is None or n in only}
     errors, skipped, failed = verified(what, named, truth, device)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from fluxkern import bench, ops, reference
 from fluxkern.bench import WrongResult
@@ -161,13 +162,22 @@ def test_a_wrong_result_is_refused(provider: str, fault: str):
         bench.verify("norm_modulate", provider, wrong, args, *truths_of("norm_modulate", args))
 
 
-def test_a_wrong_provider_stops_the_comparison_before_a_clock_starts(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr(bench.compare, "times", lambda *_: pytest.fail("a wrong result was timed"))
-    wrong = {"wrong": lambda x, y, gate: x + y}
-    with pytest.raises(WrongResult, match="result 0 of gated_residual by wrong: max error"):
-        bench.measure("gated_residual", "odd", "fp32", only=("eager", "wrong"), more=wrong)
+def out_of_memory(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_provider_that_is_wrong_or_fails_is_not_timed_and_ends_nothing():
+    more = {"wrong": lambda x, y, gate: x + y, "fails": out_of_memory}
+    only = ("eager", *more)
+    found = bench.measure("gated_residual", "odd", "fp32", only=only, more=more)
+    assert [row.provider for row in found.rows] == ["copy", "eager"]
+    assert "result 0 of gated_residual by wrong: max error" in found.failed["wrong"]
+    assert found.failed["fails"] == "OutOfMemoryError: CUDA out of memory"
+
+
+def test_where_nothing_is_right_nothing_is_timed():
+    found = bench.measure("gated_residual", "odd", "fp32", only=("f",), more={"f": out_of_memory})
+    assert found.rows == [] and list(found.failed) == ["f"]
 
 
 def test_a_wrong_torch_compile_is_not_timed_and_its_error_is_given(
@@ -260,8 +270,8 @@ def test_a_backend_of_ours_that_fails_is_not_left_out():
     def fails(**args: object) -> None:
         raise RuntimeError("launch failed")
 
-    with pytest.raises(RuntimeError, match="launch failed"):
-        bench.measure("gated_residual", "odd", "fp32", only=("cpu",), more={"cpu": fails})
+    found = bench.measure("gated_residual", "odd", "fp32", only=("cpu",), more={"cpu": fails})
+    assert found.failed == {"cpu": "RuntimeError: launch failed"} and not found.skipped.get("cpu")
 
 
 def test_a_direction_without_a_backward_of_ours_is_refused():

@@ -108,7 +108,9 @@ def test_none_takes_away_what_an_earlier_build_left(project: Path):
 def test_an_unknown_choice_is_refused_by_name(project: Path):
     done = build(project, FLUXKERN_BUILD="gpu")
     assert done.returncode != 0
-    assert "FLUXKERN_BUILD must be one of auto, cpu, cuda, none, got 'gpu'" in done.stderr
+    assert (
+        "FLUXKERN_BUILD must be one of auto, cpu, cuda, cuda-alone, none, got 'gpu'" in done.stderr
+    )
     assert not (project / "fluxkern/_build_info.json").exists()
 
 

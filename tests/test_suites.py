@@ -77,8 +77,8 @@ def test_a_wrong_step_is_refused(model: step.Model, monkeypatch: pytest.MonkeyPa
     registry = ops._dispatch._registry["attention"]
     wrong = replace(cpu, run=lambda *args: -3 * cpu.run(*args))
     monkeypatch.setitem(registry, "cpu", wrong)
-    with pytest.raises(bench.WrongResult, match="step by fluxkern: relative L2 must be at most"):
-        model.measure("step", rounds=0, only=("eager", OURS))
+    found = model.measure("step", rounds=0, only=("eager", OURS))
+    assert "step by fluxkern: relative L2 must be at most" in found.failed[OURS]
 
 
 def test_the_time_of_a_call_goes_to_the_kinds_of_its_operators():

@@ -9,7 +9,7 @@ import torch
 from .. import ops as public
 from ..cases import CASES, SHAPES, Maker
 from ..ops import measured, variants
-from .compare import DTYPES, measure
+from .compare import DTYPES, WrongResult, measure
 from .system import machine
 from .tables import write_json
 from .timers import ROUNDS
@@ -34,9 +34,16 @@ def comparisons(
 def order(op: str, shape: str, dtype: str, direction: str, device: str, rounds: int) -> dict:
     """Backend -> median microseconds, the fastest first; each was held to fp64 before."""
     only = ("eager", *CASES[op].backends, *CASES[op].providers, *variants(op))
-    rows = measure(op, shape, dtype, direction, device, rounds, only).rows
-    times = {NAMES.get(r.provider, r.provider): r.median for r in rows if r.provider in only}
-    return {name: round(s * 1e6, 2) for name, s in sorted(times.items(), key=lambda row: row[1])}
+    found = measure(op, shape, dtype, direction, device, rounds, only)
+    for name, why in found.failed.items():
+        raise WrongResult(f"{op}, {dtype}, {shape} by {name}: {why}")
+    return fastest_first({row.provider: row.median for row in found.rows if row.provider in only})
+
+
+def fastest_first(seconds: dict[str, float]) -> dict[str, float]:
+    """Provider -> seconds, as the microseconds of a table's order."""
+    times = {NAMES.get(name, name): round(s * 1e6, 2) for name, s in seconds.items()}
+    return dict(sorted(times.items(), key=lambda row: row[1]))
 
 
 def tiles(kernel: str, names: tuple[str, ...], shape: str, dtype: str, rounds: int) -> dict:

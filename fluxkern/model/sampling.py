@@ -357,7 +357,8 @@ def euler_step(img: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor)
 
     Source: diffusers `FlowMatchEulerDiscreteScheduler.step`.
     """
-    moved = img.float() + (sigma_next - sigma).to(img.device) * velocity
+    width = (sigma_next - sigma).to(velocity.dtype)  # stays on the host: a copy waits for the GPU
+    moved = img.float() + width * velocity
     return moved.to(velocity.dtype)
 
 
