@@ -1,6 +1,6 @@
 """A GPU that is not there: tensors without memory, and what torch would say of the machine."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -49,21 +49,29 @@ class Unguarded(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
+def load_reason(name: str, real: Callable = _dispatch.load_reason) -> str | None:
+    return "_C_cuda.so is missing (left out)" if name.startswith("cuda") else real(name)
+
+
 @contextmanager
 def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     """Inside, tensors are fake and a GPU of this compute capability has cuDNN and torch's flash.
 
-    What chooses a backend is the real thing; what is asked of the machine is answered here.
+    What chooses a backend is the real thing; what is asked of the machine is answered here. CUDA
+    kernels are not built, whether they are or not.
     """
     kept = {op: dict(found) for op, found in _dispatch._registry.items()}
     for found in _dispatch._registry.values():  # Triton's are looked for again: not interpreted
         found.pop("triton", None)
+        for name in ("cuda", "cuda-wgmma"):
+            if getattr(found.get(name), "write", None):  # of the object; those of torch stay
+                del found[name]
     measured.forget()
     with (
         FakeTensorMode(),
         Unguarded(),
         patch.object(_dispatch, "_no_cuda", lambda: None),
-        patch.object(_dispatch, "_object_reason", lambda index: None),
+        patch.object(_dispatch, "load_reason", load_reason),
         patch.object(_dispatch, "_interpreting", lambda: False),
         patch.object(torch.cuda, "get_device_capability", lambda device=None: capability),
         patch.object(measured, "device_name", lambda device: f"fake {NAMES[capability]}"),

@@ -51,6 +51,27 @@ def test_a_named_backend_runs_even_when_another_comes_first():
     assert _dispatch.run(OP, "reference")[0] == "reference"
 
 
+def test_the_variable_names_a_backend_of_the_ops_that_have_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "triton")
+    register(OP, backend("cpu"))
+    register(OP, backend("reference"))
+    assert _dispatch.run(OP, None)[0] == "cpu" == explain(OP)[0].chosen
+    register(OP, backend("triton", "no such GPU"))
+    with pytest.raises(NotImplementedError, match="cannot run on triton .*triton: no such GPU"):
+        _dispatch.run(OP, None)
+    assert explain(OP)[0].chosen is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter takes CPU tensors")
+def test_a_model_of_triton_has_linears_of_another(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "triton")
+    if reason := _dispatch.why_not("gelu_tanh", "triton"):
+        pytest.skip(reason)
+    x, weight = torch.randn(1, 2, 8), torch.randn(8, 8)
+    assert explain("gelu_tanh", x)[0].chosen == "triton"
+    torch.testing.assert_close(ops.linear(x, weight, weight[0]), x @ weight.T + weight[0])
+
+
 def test_a_named_backend_that_cannot_run_gives_every_reason_and_nothing_runs():
     register(OP, Backend("cpu", pytest.fail, odd_refused))
     register(OP, Backend("reference", pytest.fail))
@@ -162,6 +183,8 @@ SCRIPT = """
 import torch, fluxkern
 from fluxkern.ops import _dispatch
 fluxkern.ops.register("private", fluxkern.ops.Backend("reference", lambda: "ran"))
+broken = fluxkern.ops.Backend("triton", None, lambda *args: "no such GPU")
+fluxkern.ops.register("private", broken)
 print(fluxkern.explain("private")[0].chosen)
 print(_dispatch.run("private", None))
 """
@@ -192,8 +215,7 @@ def test_the_variable_is_as_strict_as_an_argument():
     assert done.stdout.split() == ["None"]
     assert done.stderr.splitlines()[-1] == (
         "NotImplementedError: private cannot run on triton (cuda: no cuda kernel in this version; "
-        "triton: no triton kernel in this version; cpu: no cpu kernel in this version; "
-        "reference: can run)"
+        "triton: no such GPU; cpu: no cpu kernel in this version; reference: can run)"
     )
 
 

@@ -11,6 +11,7 @@ from fluxkern.kernels import attention as kernels
 from fluxkern.testing import assert_accurate
 
 triton_interpreter.install()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="TMA needs its architecture")
 
 
@@ -74,7 +75,7 @@ def test_every_kernel_file_begins_with_its_card():
 
 def test_half_a_bf16_unit_is_rounded_to_even_as_on_a_gpu():
     """The interpreter truncates unless tests repair it."""
-    one = torch.tensor([[[1, 1 + 2**-7, 1 + 2**-6]]], dtype=torch.bfloat16)
+    one = torch.tensor([[[1, 1 + 2**-7, 1 + 2**-6]]], dtype=torch.bfloat16, device=DEVICE)
     half = torch.full_like(one, 2**-8)
     out = ops.gated_residual(one, half, torch.ones_like(one), backend="triton")
     assert torch.equal(out, (one.double() + half.double()).to(torch.bfloat16))

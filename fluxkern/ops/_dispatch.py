@@ -420,8 +420,15 @@ def run_into(out: Tensor, op: str, *args: object) -> None:
         backend.write(*args, out)
 
 
+def _named(op: str, backend: str | None) -> str | None:
+    """What a call names, or FLUXKERN_BACKEND where the op has that backend."""
+    if backend or not DEFAULT_BACKEND or _find(op, DEFAULT_BACKEND) == _missing(DEFAULT_BACKEND):
+        return backend
+    return DEFAULT_BACKEND
+
+
 def _chosen(op: str, backend: str | None, args: tuple) -> Backend:
-    named = backend or DEFAULT_BACKEND
+    named = _named(op, backend)
     if named is not None:
         _check_name("backend", named, backends_of(op))
     for name in (named,) if named else _order(op, args, measured.order(op, args)):
@@ -471,9 +478,10 @@ def explain(op: str | None = None, *args: object) -> list[Choice]:
         raise ValueError(f"op must be one of {', '.join(sorted(_registry))}, got {op!r}")
     rows = []
     for name in [op] if op else sorted(_registry):
-        reasons = {b: _reason(name, b, args, b == DEFAULT_BACKEND) for b in backends_of(name)}
+        named = _named(name, None)
+        reasons = {b: _reason(name, b, args, b == named) for b in backends_of(name)}
         times = measured.order(name, args)
-        allowed = [DEFAULT_BACKEND] if DEFAULT_BACKEND in reasons else _order(name, args, times)
+        allowed = [named] if named in reasons else _order(name, args, times)
         chosen = next((backend for backend in allowed if reasons[backend] is None), None)
         rows.append(Choice(name, chosen, reasons, times))
     return rows
