@@ -15,18 +15,21 @@ _HOMES = {"FluxPipeline": ".pipeline", "accelerate": _DIFFUSERS, "restore": _DIF
 
 
 def explain(what: object = None, *args: object) -> list:
-    """What runs, and why not something else: for ops, or for a diffusers pipeline or model.
+    """What runs, and why not something else: for ops, a pipeline or a model.
 
     Args:
-        what: name of an op, or None for all of them (`ops.explain`); or a diffusers pipeline or
-            model (`integrations.diffusers.explain`).
+        what: name of an op, or None for all of them (`ops.explain`); a `FluxPipeline` or a model of
+            it (`model.layers.explain`); or a diffusers pipeline or model
+            (`integrations.diffusers.explain`).
         args: the op's arguments.
 
     Returns:
         One row an op, or one row for each place of the model; both print as a table.
     """
-    home = ".ops" if what is None or isinstance(what, str) else _DIFFUSERS
-    return import_module(home, __name__).explain(what, *args)
+    if what is None or isinstance(what, str):
+        return import_module(".ops", __name__).explain(what, *args)
+    own = import_module(".model.layers", __name__).explain(what)
+    return own or import_module(_DIFFUSERS, __name__).explain(what)
 
 
 def __getattr__(name: str) -> object:

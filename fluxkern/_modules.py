@@ -27,7 +27,7 @@ def hooked(module: nn.Module) -> str | None:
     """The reason why `module` must be called, whatever its class computes."""
     own = module.__dict__
     if (
-        "forward" in own
+        ("forward" in own and "_orig_mod" not in own["_modules"])  # torch.compile's wrapper has one
         or own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]

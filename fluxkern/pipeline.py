@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsIndex
 
 import numpy as np
 import torch
@@ -16,6 +20,7 @@ from . import checkpoint
 from ._files import new_folder, read_json, write_json
 from .model import sampling
 from .model.autoencoder import AutoEncoder
+from .model.layers import adapters_scaled
 from .model.sampling import Conditioning, Generators, ScheduleConfig, Step
 from .model.text_encoder import T5_LIMIT, TextEncoder, check_texts
 from .model.transformer import Flux
@@ -49,7 +54,8 @@ class FluxPipelineOutput:
 class FluxPipeline:
     """Text to image with FLUX.1: transformer, autoencoder, two text encoders and a schedule.
 
-    A callback may set `interrupt` to True to end a running call after the current step.
+    Setting `interrupt`, or diffusers' `_interrupt`, to True ends a running call after its current
+    step: in a callback the call that it belongs to, elsewhere all calls that run at that moment.
 
     Args:
         transformer: a text-to-image Flux.
@@ -75,7 +81,7 @@ class FluxPipeline:
         self.text_encoder = text_encoder
         self.schedule = schedule
         self.default_size = default_size
-        self.interrupt = False
+        self._calls: list[_Call] = []  # those that run
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -137,12 +143,14 @@ class FluxPipeline:
         checkpoint.check_model_index(folder)
         transformer = files.get("transformer", folder / "transformer")
         checkpoint.require_text_to_image(checkpoint.flux_config(transformer))
+        with _no_default_device():
+            text_encoder = _text_encoder(folder, files, dtype, device, int8)
         return cls(
             checkpoint.load_flux(transformer, dtype=dtype, device=device, int8=int8),
             checkpoint.load_autoencoder(
                 files.get("vae", folder / "vae"), dtype=dtype, device=device
             ),
-            _text_encoder(folder, files, dtype, device, int8),
+            text_encoder,
             ScheduleConfig.from_diffusers(
                 read_json(folder / "scheduler" / "scheduler_config.json")
             ),
@@ -176,11 +184,43 @@ class FluxPipeline:
 
     @property
     def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
+        """Where the transformer runs, also where hooks bring its weights there."""
+        return self.transformer.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.transformer.parameters()).dtype
+        """What the transformer computes in, however its weights are stored."""
+        return self.transformer.dtype
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call that this is read in, or any where it is read outside, is to end."""
+        return any(call.stop for call in self._meant())
+
+    @interrupt.setter
+    def interrupt(self, stop: bool) -> None:
+        for call in self._meant():
+            call.stop = bool(stop)
+
+    _interrupt = interrupt  # the name in diffusers
+
+    def _meant(self) -> list[_Call]:
+        """The innermost of this pipeline's calls around the code that asks, else all that run."""
+        call = _CALL.get()
+        while call is not None and call.pipeline is not self:
+            call = call.outer
+        return list(self._calls) if call is None else [call]
+
+    @contextmanager
+    def _call(self) -> Iterator[_Call]:
+        call = _Call(self, _CALL.get())
+        token = _CALL.set(call)
+        self._calls.append(call)
+        try:
+            yield call
+        finally:
+            self._calls.remove(call)
+            _CALL.reset(token)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -211,6 +251,7 @@ class FluxPipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 28,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float = 3.5,
         num_images_per_prompt: int = 1,
         generator: Generators = None,
@@ -220,13 +261,17 @@ class FluxPipeline:
         negative_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
         max_sequence_length: int | None = None,
         release_modulation: bool = False,
         progress: bool = True,
-    ) -> FluxPipelineOutput:
+    ) -> FluxPipelineOutput | tuple:
         """Make pictures from prompts; the arguments mean what they mean in diffusers.
+
+        Those of diffusers' IP-Adapter are not taken. Numbers may be numpy's.
 
         Two-pass guidance is on where `true_cfg_scale` is above 1. Unlike in diffusers it then needs
         no negative prompt: the empty one is taken.
@@ -239,7 +284,9 @@ class FluxPipeline:
             true_cfg_scale: scale of two-pass guidance; up to 1 there is one pass.
             height: pixels, a multiple of 16 up to 8192; None is the checkpoint's own.
             width: the same.
-            num_inference_steps: Euler steps, 1 to 1000.
+            num_inference_steps: Euler steps, 1 to 1000; not used with `sigmas`.
+            sigmas: 1 to 1000 noise levels above 0 and up to 1, which the schedule shifts, in place
+                of evenly spaced ones.
             guidance_scale: guidance given to a guidance-distilled model; others ignore it.
             num_images_per_prompt: pictures for each prompt.
             generator: one for the call, or a list with one for each picture.
@@ -250,6 +297,9 @@ class FluxPipeline:
             negative_pooled_prompt_embeds: [B, vec].
             output_type: "pil"; "np", fp32 [N, H, W, 3] in 0..1; "pt", [N, 3, H, W] in 0..1; or
                 "latent", packed as `latents`.
+            return_dict: False returns the pictures in a tuple of one.
+            joint_attention_kwargs: {"scale": number} scales the LoRA adapters of peft that are in
+                the transformer and the text encoders, for this call.
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step; the
                 tensors it returns by name replace those of the loop.
             callback_on_step_end_tensor_inputs: the names it is given, of `latents` and
@@ -268,19 +318,21 @@ class FluxPipeline:
         Source: diffusers `FluxPipeline.__call__`.
         """
         # 1. Check the arguments
-        height = self.default_size if height is None else height
-        width = self.default_size if width is None else width
-        check_size("height", height)
-        check_size("width", width)
-        check_count("num_inference_steps", num_inference_steps, MAX_STEPS)
-        check_count("num_images_per_prompt", num_images_per_prompt, None)
+        height = check_size("height", self.default_size if height is None else height)
+        width = check_size("width", self.default_size if width is None else width)
+        if sigmas is not None:
+            sigmas = _checked_sigmas(sigmas)
+            num_inference_steps = len(sigmas)
+        num_inference_steps = check_count("num_inference_steps", num_inference_steps, MAX_STEPS)
+        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt, None)
         if max_sequence_length is not None:
-            check_count("max_sequence_length", max_sequence_length, T5_LIMIT)
+            max_sequence_length = check_count("max_sequence_length", max_sequence_length, T5_LIMIT)
         _check_choice("output_type", output_type, OUTPUT_TYPES)
         for name in callback_on_step_end_tensor_inputs:
             _check_choice("callback_on_step_end_tensor_inputs", name, CALLBACK_TENSORS)
-        check_finite("guidance_scale", guidance_scale)
-        check_finite("true_cfg_scale", true_cfg_scale)
+        guidance_scale = check_finite("guidance_scale", guidance_scale)
+        true_cfg_scale = check_finite("true_cfg_scale", true_cfg_scale)
+        lora_scale = _lora_scale(joint_attention_kwargs)
 
         # 2. Encode the prompts
         positive = _Prompt("", prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
@@ -293,11 +345,10 @@ class FluxPipeline:
         )
         if prompt is None and prompt_embeds is None:
             raise ValueError("prompt must be given where prompt_embeds is not, got neither")
-        cond = self._encode(positive, None, num_images_per_prompt, max_sequence_length)
-        uncond = None
+        repeated = (num_images_per_prompt, max_sequence_length, lora_scale)
+        cond, uncond = self._encode(positive, None, *repeated), None
         if true_cfg_scale > 1:
-            prompts = cond.txt.shape[0] // num_images_per_prompt
-            uncond = self._encode(negative, prompts, num_images_per_prompt, max_sequence_length)
+            uncond = self._encode(negative, cond.txt.shape[0] // num_images_per_prompt, *repeated)
         elif negative.given:
             warnings.warn(
                 "negative_prompt has no effect without true_cfg_scale above 1, "
@@ -317,16 +368,19 @@ class FluxPipeline:
         latents = latents.to(self.device, self.dtype)
 
         # 4. Space the noise levels
-        sigmas = sampling.get_schedule(num_inference_steps, len(img_ids), self.schedule)
+        levels = sampling.get_schedule(num_inference_steps, len(img_ids), self.schedule, sigmas)
 
         # 5. Denoise
-        self.interrupt = False
-        with _progress_bar(num_inference_steps, progress) as bar:
+        with (
+            self._call() as call,
+            adapters_scaled(lora_scale, self.transformer),
+            _progress_bar(num_inference_steps, progress) as bar,
+        ):
 
             def on_step(step: Step) -> None:
                 if callback_on_step_end is not None:
                     self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step)
-                step.stop = self.interrupt
+                step.stop = call.stop
                 bar.update()
 
             latents = sampling.denoise(
@@ -334,7 +388,7 @@ class FluxPipeline:
                 latents,
                 img_ids,
                 cond,
-                sigmas,
+                levels,
                 guidance_scale=guidance_scale if self.transformer.config.guidance_embed else None,
                 uncond=uncond,
                 true_cfg_scale=true_cfg_scale,
@@ -344,13 +398,19 @@ class FluxPipeline:
 
         # 6. Decode
         if output_type == "latent":
-            return FluxPipelineOutput(latents)
-        vae_dtype = next(self.vae.parameters()).dtype
-        z = sampling.unpack(latents, height, width).to(vae_dtype)
-        return FluxPipelineOutput(_to_output(self.vae.decode(z), output_type))
+            images = latents
+        else:
+            z = sampling.unpack(latents, height, width).to(self.vae.device, self.vae.dtype)
+            images = _to_output(self.vae.decode(z), output_type)
+        return FluxPipelineOutput(images) if return_dict else (images,)
 
     def _encode(
-        self, prompt: _Prompt, batch: int | None, images: int, length: int | None
+        self,
+        prompt: _Prompt,
+        batch: int | None,
+        images: int,
+        length: int | None,
+        lora_scale: float,
     ) -> Conditioning:
         """Encode B prompts, or take their embeddings, and repeat each for its pictures."""
         prompt.check()
@@ -358,7 +418,9 @@ class FluxPipeline:
             txt, vec = prompt.embeds, prompt.pooled
         else:
             texts, texts_2 = prompt.texts(batch)
-            txt, vec = self.text_encoder.encode(texts, texts_2, length)
+            encoders = self.text_encoder.clip, self.text_encoder.t5
+            with _no_default_device(), adapters_scaled(lora_scale, *encoders):
+                txt, vec = self.text_encoder.encode(texts, texts_2, length)
         config = self.transformer.config
         batch = txt.shape[0] if batch is None else batch
         tokens = txt.shape[1] if txt.ndim > 1 else None
@@ -374,6 +436,18 @@ class FluxPipeline:
         step.img = tensors["latents"]
         if tensors["prompt_embeds"] is not step.cond.txt:
             step.cond = Conditioning(tensors["prompt_embeds"], step.cond.vec)
+
+
+@dataclass
+class _Call:
+    """A running call of a pipeline; `outer` is the one whose callback made it."""
+
+    pipeline: FluxPipeline
+    outer: _Call | None
+    stop: bool = False
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
 
 
 @dataclass(frozen=True)
@@ -435,20 +509,32 @@ def folder_of(
     return folder
 
 
-def check_size(name: str, pixels: int) -> None:
-    """Refuses a height or width that no picture can have."""
-    if type(pixels) is not int or not 0 < pixels <= MAX_SIZE or pixels % sampling.PATCH:
+def check_size(name: str, pixels: SupportsIndex) -> int:
+    """A height or width; refuses what no picture can have."""
+    number = _whole(pixels)
+    if number is None or not 0 < number <= MAX_SIZE or number % sampling.PATCH:
         raise ValueError(
             f"{name} must be a multiple of {sampling.PATCH} from {sampling.PATCH} to {MAX_SIZE}, "
             f"got {pixels!r:.80}"
         )
+    return number
 
 
-def check_count(name: str, count: int, most: int | None) -> None:
-    """Refuses what is no whole number from 1 to `most`."""
-    if type(count) is not int or count < 1 or (most is not None and count > most):
+def check_count(name: str, count: SupportsIndex, most: int | None) -> int:
+    """A whole number from 1 to `most`; refuses any other."""
+    number = _whole(count)
+    if number is None or number < 1 or (most is not None and number > most):
         bounds = "at least 1" if most is None else f"from 1 to {most}"
         raise ValueError(f"{name} must be a whole number {bounds}, got {count!r:.80}")
+    return number
+
+
+def _whole(value: object) -> int | None:
+    """An int or what stands for one, as numpy's integers do."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -456,10 +542,30 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be of {', '.join(choices)}, got {value!r:.80}")
 
 
-def check_finite(name: str, value: float) -> None:
-    """Refuses what is no finite number."""
-    if not isinstance(value, int | float) or not np.isfinite(value):
+def check_finite(name: str, value: SupportsFloat) -> float:
+    """A finite number, or what stands for one as numpy's do; refuses any other."""
+    try:
+        number = float(value) if hasattr(value, "__float__") else math.nan
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {value!r:.80}")
+    return number
+
+
+def _checked_sigmas(sigmas: Sequence[float]) -> list[float]:
+    check_count("the number of sigmas", len(sigmas), MAX_STEPS)
+    levels = [check_finite("sigmas", sigma) for sigma in sigmas]
+    for level in levels:
+        if not 0 < level <= 1:
+            raise ValueError(f"sigmas must be above 0 and up to 1, got {level}")
+    return levels
+
+
+def _lora_scale(kwargs: dict[str, Any] | None) -> float:
+    for name in kwargs or {}:
+        _check_choice("joint_attention_kwargs", name, ("scale",))
+    return check_finite("joint_attention_kwargs: scale", (kwargs or {}).get("scale", 1.0))
 
 
 def _check_shape(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -485,6 +591,11 @@ def _default_size(vae_config: dict[str, Any]) -> int:
     size = vae_config.get("sample_size", DEFAULT_SIZE)
     check_size("vae/config.json: sample_size", size)
     return size
+
+
+def _no_default_device() -> torch.device:
+    """Tokenizers and encoders of transformers make tensors where torch.set_default_device says."""
+    return torch.device("cpu")
 
 
 def _progress_bar(total: int, shown: bool) -> Any:

@@ -230,6 +230,21 @@ def test_a_layer_runs_on_the_triton_kernels(
     assert_same(with_gradients(module, module, given), expected)
 
 
+def hooked(norm: nn.Module) -> nn.Module:
+    norm.register_forward_hook(lambda *_: None)
+    return norm
+
+
+def hooked_norm() -> nn.Module:
+    return hooked(nn.LayerNorm(32, elementwise_affine=False))
+
+
+def other_norm() -> nn.Module:
+    """One that computes something else on the same parameters."""
+    other = type("Other", (nn.LayerNorm,), {"forward": lambda self, x: x})
+    return other(32, elementwise_affine=False)
+
+
 @pytest.mark.parametrize(
     "name, change, given, named",
     [
@@ -242,6 +257,10 @@ def test_a_layer_runs_on_the_triton_kernels(
             "torch.float16",
         ),
         ("FluxTransformerBlock", {"norm2": nn.RMSNorm(32)}, {}, "LayerNorm without weights, got"),
+        ("FluxTransformerBlock", {"norm2": other_norm()}, {}, "LayerNorm without weights, got"),
+        ("FluxTransformerBlock", {"norm2_context": hooked_norm()}, {}, "a norm must have no hook"),
+        ("AdaLayerNormContinuous", {"norm": hooked_norm()}, {}, "a norm must have no hook"),
+        ("FluxAttention", {"norm_q": hooked(nn.RMSNorm(16, 1e-6))}, {}, "a norm must have no hook"),
         ("FluxAttention", {}, {"attention_mask": torch.ones(12, 12)}, "no mask"),
         ("FluxAttention", {}, {"ip_hidden_states": 1, "ip_adapter_masks": 2}, "ip_adapter_masks"),
         ("FluxAttention", {"processor": nn.Identity()}, {}, "FluxAttnProcessor, got Identity"),

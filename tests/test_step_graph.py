@@ -183,3 +183,23 @@ def test_small_pictures_of_flux_gain_from_a_graph_and_large_ones_do_not():
     assert step_graph.gains(dev, 1, 256 + 512)
     assert not step_graph.gains(dev, 1, 4096 + 512)
     assert step_graph.gains(compact, 4, 256 + 64)
+
+
+@pytest.mark.parametrize("where", ["img_in", "single_blocks.0", "double_blocks.1.img_mlp.2", ""])
+def test_a_model_with_a_hook_is_never_captured(captures: Captures, where: str):
+    hooked, seen = random_flux(CONFIG).to(DEVICE, DTYPE).eval(), []
+    cond = text(5)
+    expected = sampled(hooked, cond, cuda_graph=False)
+    handle = hooked.get_submodule(where).register_forward_hook(lambda *_: seen.append(1))
+    found = sampled(hooked, cond, cuda_graph=True)
+    assert captures.captured == 0 and len(seen) == 5
+    torch.testing.assert_close(found, expected)
+    handle.remove()
+    sampled(hooked, cond, cuda_graph=True)
+    assert captures.captured == 1
+
+
+def test_nothing_is_captured_under_autocast(model: Flux, captures: Captures):
+    with torch.autocast(DEVICE, torch.bfloat16):
+        sampled(model, text(5), cuda_graph=True)
+    assert captures.captured == 0

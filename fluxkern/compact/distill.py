@@ -80,7 +80,8 @@ class DistillRun(Run):
             rng = self.chance("guidance", step)
             captions, img, t, _ = batches(rng, dropped=0.0)
             span = numbers.most - numbers.least
-            w = numbers.least + span * torch.rand(len(t), generator=torch_chance(rng))
+            chance = torch.rand(t.shape, dtype=t.dtype, device="cpu", generator=torch_chance(rng))
+            w = numbers.least + span * chance
             return gradients.backward(captions, img, t, w)
 
         judged = self._judged(pipe, "dev")
@@ -121,7 +122,8 @@ class DistillRun(Run):
 
             def followed(start: int) -> Tensor:
                 part = slice(start, start + AT_ONCE)
-                noise = torch.stack([torch.randn(size, generator=seed) for seed in seeds[part]])
+                drawn = {"dtype": torch.float32, "device": "cpu"}
+                noise = torch.stack([torch.randn(size, generator=s, **drawn) for s in seeds[part]])
                 text = self._encode(captions[part])
                 return follow(teacher, numbers, noise.to(self.device), *text).cpu()
 
@@ -158,7 +160,8 @@ def _of(flux: Flux, name: str) -> dict[str, Tensor]:
 def unguided(student: Flux, guidance: float) -> Flux:
     """The same velocities at one guidance, which is no input any more: it became part of a bias."""
     state = student.state_dict()
-    strength = torch.full((1,), guidance, device=student.img_in.weight.device)
+    bias = student.img_in.bias
+    strength = torch.full((1,), guidance, dtype=bias.dtype, device=bias.device)
     constant = student.guidance_in(ops.timestep_embedding(strength, TIME_DIM))[0]
     state = {name: t for name, t in state.items() if not name.startswith("guidance_in.")}
     state["vector_in.out_layer.bias"] = state["vector_in.out_layer.bias"] + constant
@@ -191,12 +194,13 @@ def velocity_error(
         return velocity(pipe.transformer, torch.float32, img, txt, times, vec, w)
 
     for t in np.linspace(0.05, 0.95, 10):
-        img = torch.lerp(x0, torch.randn(x0.shape, generator=noise).to(device), float(t))
-        times = torch.full((count,), float(t), device=device)
+        x1 = torch.randn(x0.shape, dtype=torch.float32, device="cpu", generator=noise).to(device)
+        img = torch.lerp(x0, x1, float(t))
+        times = x0.new_full((count,), float(t))
         cond, uncond = (pass_of(teacher, *which) for which in (text, empty))
         for w, found in errors.items():
             target = combine_cfg(cond, uncond, w)
-            ours = pass_of(student, *text, torch.full((count,), w, device=device))
+            ours = pass_of(student, *text, x0.new_full((count,), w))
             found.append(float((ours - target).norm() / target.norm()))
     return {w: float(np.mean(found)) for w, found in errors.items()}
 
@@ -241,7 +245,7 @@ def follow(
     """
     dtype = getattr(torch, numbers.dtype)
     sigmas = get_schedule(numbers.teacher_steps, TOKENS, EVEN)
-    w = torch.full((len(noise),), numbers.guidance, device=noise.device)
+    w = noise.new_full((len(noise),), numbers.guidance)
     img, places = noise, [noise]
     for i in range(numbers.teacher_steps):
         t = sigmas[i].to(noise.device).expand(len(noise))
@@ -265,7 +269,7 @@ def pieces(
     steps = places.shape[1] - 1
     sigmas = get_schedule(steps, TOKENS, EVEN)
     path = torch.from_numpy(rng.integers(len(places), size=count))
-    piece = torch.arange(count) % steps
+    piece = torch.arange(count, dtype=torch.int64, device="cpu") % steps
     start, end = places[path, piece], places[path, piece + 1]
     length = (sigmas[piece] - sigmas[piece + 1])[:, None, None]
     return [captions[i] for i in path], start, sigmas[piece], (start - end) / length

@@ -246,10 +246,11 @@ def _look_nearby(t5: T5EncoderModel) -> None:
     From a random start, many tokens that are mostly padding drown the neighbours, and which colour
     belongs to what is still a coin's toss after 19 000 captions.
     """
-    buckets = torch.arange(16)  # 0-7 are exact distances, 8-15 grow up to 128
+    # 0-7 are exact distances, 8-15 grow up to 128
+    buckets = torch.arange(16, dtype=torch.float32, device="cpu")
     distance = torch.where(buckets < 8, buckets, 8 * 16 ** ((buckets - 8) / 8))
-    near, off = -distance, torch.full((16,), -8.0)
-    zero = torch.zeros(16)
+    near, off = -distance, torch.full_like(distance, -8.0)
+    zero = torch.zeros_like(distance)
     before = torch.stack([zero, near, off, near / 2], dim=1)  # [16 buckets, 4 heads]
     after = torch.stack([zero, off, near, near / 2], dim=1)
     before[0, 1:3] = -2.0  # the token itself
@@ -294,7 +295,7 @@ def start_from(
         pairs = [
             (i, old_ids[token]) for token, i in tokenizer.get_vocab().items() if token in old_ids
         ]
-        new_rows, old_rows = torch.tensor(pairs).unbind(1)
+        new_rows, old_rows = torch.tensor(pairs, dtype=torch.int64, device="cpu").unbind(1)
         for mine, other in zip(ours.parameters(), old.parameters(), strict=True):
             words = mine.shape[0] == len(tokenizer)
             if mine.shape[words:] != other.shape[words:]:
@@ -437,7 +438,8 @@ def _batch(
     scenes = [random_scene(rng, held_out=held_out) for _ in range(size)]
     captions = [caption(scene, rng, complete=rng.random() >= incomplete) for scene in scenes]
     rows = [_labels(scene, text) for scene, text in zip(scenes, captions, strict=True)]
-    return captions, dict(zip(ATTRIBUTES, torch.tensor(rows).unbind(1), strict=True))
+    labels = torch.tensor(rows, dtype=torch.int64, device="cpu").unbind(1)
+    return captions, dict(zip(ATTRIBUTES, labels, strict=True))
 
 
 def _labels(scene: Scene, text: str) -> list[int]:

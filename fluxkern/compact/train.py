@@ -205,7 +205,8 @@ class VaeRun(Run):
             rng = self.chance(stage, step)
             x = vae_batch(scenes, pictures, rng, step, numbers.batch_size)
             shape = len(x), self.vae.config.z_channels, x.shape[2] // 8, x.shape[3] // 8
-            return gradients.backward(x, torch.randn(shape, generator=torch_chance(rng)))
+            on = {"dtype": torch.float32, "device": "cpu", "generator": torch_chance(rng)}
+            return gradients.backward(x, torch.randn(shape, **on))
 
         sheet = self.folder / f"{stage}.png"
         judged = partial(reconstruction, self.vae, JUDGED["vae"], self.recipe.seed, sheet)
@@ -390,10 +391,10 @@ class Batches:
     ) -> tuple[list[str], Tensor, Tensor, Tensor]:
         chosen = self.up_to.searchsorted(rng.random(self.numbers.batch_size), side="right")
         captions = [training_caption(self.scenes[i], rng, dropped) for i in chosen]
-        noise = torch_chance(rng)
+        on = {"dtype": torch.float32, "device": "cpu", "generator": torch_chance(rng)}
         x0 = self.latents[torch.from_numpy(chosen)]
-        x1 = torch.randn(x0.shape, generator=noise)
-        t = torch.randn(len(chosen), generator=noise)
+        x1 = torch.randn(x0.shape, **on)
+        t = torch.randn(len(chosen), **on)
         t = (self.numbers.noise_mean + self.numbers.noise_std * t).sigmoid()
         return captions, torch.lerp(x0, x1, t[:, None, None]), t, x1 - x0
 

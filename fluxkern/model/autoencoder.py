@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .layers import Places, compute_dtype, conv1x1, execution_device, group_norm_silu
 
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -77,10 +78,6 @@ def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
-def _norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    return ops.group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps)
-
-
 class ResnetBlock(nn.Module):
     """Two norm-SiLU-convolution steps beside a shortcut."""
 
@@ -96,9 +93,12 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(_norm_silu(x, self.norm1))
-        h = self.conv2(_norm_silu(h, self.norm2))
+        h = self.conv1(group_norm_silu(x, self.norm1))
+        h = self.conv2(group_norm_silu(h, self.norm2))
         return self.nin_shortcut(x) + h
+
+    def places(self) -> Places:
+        return {name: ("group_norm_silu", getattr(self, name)) for name in ("norm1", "norm2")}
 
 
 class AttnBlock(nn.Module):
@@ -114,14 +114,12 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # [B, H*W, C]
-        q, k, v = (_conv1x1(conv, h).unsqueeze(2) for conv in (self.q, self.k, self.v))
-        h = _conv1x1(self.proj_out, ops.attention(q, k, v).squeeze(2))
+        q, k, v = (conv1x1(h, conv).unsqueeze(2) for conv in (self.q, self.k, self.v))
+        h = conv1x1(ops.attention(q, k, v).squeeze(2), self.proj_out)
         return x + h.transpose(1, 2).reshape(x.shape)
 
-
-def _conv1x1(conv: nn.Conv2d, tokens: Tensor) -> Tensor:
-    # the weight is stored as a convolution; on [B, L, C] it is a linear layer
-    return F.linear(tokens, conv.weight.flatten(1), conv.bias)
+    def places(self) -> Places:
+        return {name: ("conv1x1", getattr(self, name)) for name in ("q", "k", "v", "proj_out")}
 
 
 class Downsample(nn.Module):
@@ -200,7 +198,10 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(_norm_silu(self.mid(h), self.norm_out))
+        return self.conv_out(group_norm_silu(self.mid(h), self.norm_out))
+
+    def places(self) -> Places:
+        return {"norm_out": ("group_norm_silu", self.norm_out)}
 
 
 class Decoder(nn.Module):
@@ -224,7 +225,10 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(_norm_silu(h, self.norm_out))
+        return self.conv_out(group_norm_silu(h, self.norm_out))
+
+    def places(self) -> Places:
+        return {"norm_out": ("group_norm_silu", self.norm_out)}
 
 
 class AutoEncoder(nn.Module):
@@ -248,6 +252,16 @@ class AutoEncoder(nn.Module):
         self.tile_overlap = 32
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return execution_device(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return compute_dtype(self, nn.GroupNorm)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior of a picture, neither scaled nor shifted.
@@ -372,8 +386,9 @@ def blend_weights(spans: list[tuple[int, int]], overlap: int, cell: int) -> Tens
         [tiles, elements], fp32.
     """
     length = spans[-1][1]
-    position = (torch.arange(length * cell, dtype=torch.float64) + 0.5) / cell
-    weights = torch.ones(len(spans), length * cell, dtype=torch.float64)
+    f64_on_cpu = {"dtype": torch.float64, "device": "cpu"}
+    position = (torch.arange(length * cell, **f64_on_cpu) + 0.5) / cell
+    weights = torch.ones(len(spans), length * cell, **f64_on_cpu)
     for weight, (start, stop) in zip(weights, spans, strict=True):
         if start > 0:
             weight *= _ramp(position - start, overlap)

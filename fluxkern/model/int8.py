@@ -89,7 +89,9 @@ def comfy_state(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(layer, Int8Linear):
             state[f"{name}.weight"] = state.pop(f"{name}.values")
             state[f"{name}.weight_scale"] = state.pop(f"{name}.scale")[:, None]
-            state[f"{name}.comfy_quant"] = torch.tensor(list(COMFY_NOTE), dtype=torch.uint8)
+            state[f"{name}.comfy_quant"] = torch.tensor(
+                list(COMFY_NOTE), dtype=torch.uint8, device="cpu"
+            )
     return state
 
 

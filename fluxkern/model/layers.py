@@ -2,6 +2,7 @@
 them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
 
@@ -124,6 +125,20 @@ def conv1x1(tokens: Tensor, conv: nn.Module) -> Tensor:
     return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 
+@contextmanager
+def adapters_scaled(scale: float, *models: nn.Module) -> Iterator[None]:
+    """The LoRA adapters of peft in these models count `scale` times as much meanwhile."""
+    layers = [m for model in models for m in model.modules() if hasattr(m, "scale_layer")]
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale_layer(scale)
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
 # where a model is, and in what it computes
 
 
@@ -162,22 +177,39 @@ Places = dict[str, tuple[str, nn.Module]]  # path below its owner -> its place a
 _KINDS = {"gelu": "gelu", "group_norm_silu": "norm", "modulation": "modulation"}
 
 
-def explain(models: dict[str, nn.Module]) -> Sites:
-    """How each layer goes that an op can take.
+def must_be_called(model: nn.Module) -> bool:
+    """Whether something stands on a module of a model or on a layer that an op could take."""
+    for module in model.modules():
+        if hooked(module):
+            return True
+        for place, layer in getattr(module, "places", dict)().values():
+            if why_called(layer, place):
+                return True
+    return False
+
+
+def explain(obj: object) -> Sites:
+    """How each layer of our own models goes that an op can take.
 
     Args:
-        models: the models by the names that their sites begin with.
+        obj: a `FluxPipeline`, or a module that holds a `Flux` or an `AutoEncoder`.
 
     Returns:
-        One `Site` a layer; "called" runs the layer itself, with the reason.
+        One `Site` a layer; "called" runs the layer itself, with the reason. Without any where obj
+        holds none of our models.
     """
-    return Sites(chain.from_iterable(_sites(*named) for named in models.items()))
+    parts = {"": obj} if isinstance(obj, nn.Module) else _parts(obj)
+    return Sites(chain.from_iterable(_sites(*named) for named in parts.items()))
+
+
+def _parts(pipeline: object) -> dict[str, nn.Module]:
+    found = {name: getattr(pipeline, name, None) for name in ("transformer", "vae")}
+    return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
 
 
 def _sites(prefix: str, root: nn.Module) -> Iterator[Site]:
     for path, module in root.named_modules(prefix=prefix):
-        places = module.places() if hasattr(module, "places") else {}
-        for name, (place, layer) in places.items():
+        for name, (place, layer) in getattr(module, "places", dict)().items():
             full, kind = ".".join(filter(None, (path, name))), _KINDS.get(place, "linear")
             if reason := why_called(layer, place):
                 yield Site(full, kind, "called", None, reason)

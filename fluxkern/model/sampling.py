@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._modules import hooked
 from .step_graph import StepGraphs
 from .transformer import Workspace
 
@@ -145,7 +146,7 @@ def get_txt_ids(length: int, device: torch.device | str = "cpu") -> Tensor:
 
     Source: BFL flux `prepare`.
     """
-    return torch.zeros(length, 3, device=device)
+    return torch.zeros(length, 3, dtype=torch.float32, device=device)
 
 
 _HARMLESS_SCHEDULER_KEYS = {
@@ -294,7 +295,10 @@ def time_shift(mu: float, t: Tensor) -> Tensor:
 
 
 def get_schedule(
-    num_steps: int, image_seq_len: int, config: ScheduleConfig | None = None
+    num_steps: int,
+    image_seq_len: int,
+    config: ScheduleConfig | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> Tensor:
     """List the noise levels a picture passes through, from 1 to 0.
 
@@ -304,9 +308,10 @@ def get_schedule(
         num_steps: number N of steps.
         image_seq_len: number of image tokens.
         config: the shift; None has FLUX.1 [dev]'s.
+        sigmas: N levels of one's own in place of the even ones, shifted likewise.
 
     Returns:
-        fp32 [N + 1] on the CPU, falling.
+        fp32 [N + 1] on the CPU.
 
     Raises:
         ValueError: `num_steps` is not positive.
@@ -316,7 +321,10 @@ def get_schedule(
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     config = config or ScheduleConfig()
-    t = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).float()
+    if sigmas is None:
+        t = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64, device="cpu").float()
+    else:
+        t = torch.tensor(sigmas, dtype=torch.float32, device="cpu")
     if config.use_dynamic_shifting:
         t = time_shift(shift_mu(image_seq_len, config), t)
     else:
@@ -414,17 +422,21 @@ class _Pass:
         self.model, self.text, self.guidance = model, text, None
         batch = text.txt.shape[0]
         if guidance_scale is not None:
-            self.guidance = torch.full((batch,), guidance_scale, device=img.device)
+            self.guidance = torch.full(
+                (batch,), guidance_scale, dtype=torch.float32, device=img.device
+            )
         self.ids = img_ids, get_txt_ids(text.txt.shape[1], img.device)
         times = torch.stack([model_time(sigma, img[:1]) for sigma in sigmas[:-1]])
         self.times = times.expand(-1, batch)  # [S, B]
-        self.workspaces = model.workspaces(*self.ids, self.times, text.vec, self.guidance)
+        self.workspaces: list[Workspace | None] = [None] * len(self.times)
+        if not hooked(model):  # a hook may bring the weights when the model is called
+            self.workspaces = model.workspaces(*self.ids, self.times, text.vec, self.guidance)
 
     def velocity(self, img: Tensor, index: int, graphs: StepGraphs) -> Tensor:
         img = img.repeat(self.text.txt.shape[0] // img.shape[0], 1, 1)
         img_ids, txt_ids = self.ids
 
-        def step(img: Tensor, txt: Tensor, workspace: Workspace) -> Tensor:
+        def step(img: Tensor, txt: Tensor, workspace: Workspace | None) -> Tensor:
             args = (img, img_ids, txt, txt_ids, self.times[index], self.text.vec, self.guidance)
             return self.model(*args, workspace)
 
@@ -494,7 +506,7 @@ def denoise(
         flow = torch.cat([one.velocity(img, index, graphs) for one in passes])
         if uncond is not None:
             flow = combine_cfg(*flow.chunk(2), true_cfg_scale)
-        img = euler_step(img, flow, sigma, sigma_next)
+        img = euler_step(img, flow.to(img.dtype), sigma, sigma_next)  # autocast's is another
         if on_step is not None:
             step = Step(index, sigma * 1000, img, cond)
             on_step(step)

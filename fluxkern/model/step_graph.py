@@ -7,6 +7,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from .._modules import autocast_dtype
+from .layers import must_be_called
 from .transformer import Flux, Workspace
 
 LAUNCH = 40e-6  # seconds of the host for an op of ours; an estimate, docs/backends.md
@@ -75,6 +77,7 @@ class StepGraphs:
 
     The first step of a shape runs as always, which also compiles what it needs; the second is
     captured. Weights may be written in place meanwhile; where they move, a new graph is captured.
+    A model with a layer or block that must be called, or under autocast, is never captured.
 
     Args:
         model: a Flux.
@@ -89,7 +92,8 @@ class StepGraphs:
         if self.wanted is False or not capturable(img):
             return False
         tokens = img.shape[1] + txt.shape[1]
-        return self.wanted is True or gains(self.model, img.shape[0], tokens)
+        wanted = self.wanted is True or gains(self.model, img.shape[0], tokens)
+        return wanted and autocast_dtype(img) is None and not must_be_called(self.model)
 
     def run(
         self,

@@ -45,9 +45,16 @@ class GELU(nn.Module):
 # LayerNorm, scale and shift
 
 
+def _check_hooks(norm: nn.Module) -> None:
+    """An op computes the norm without calling it: what stands on it would not run."""
+    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks:
+        raise ValueError(f"a norm must have no hook, got one on {norm}")
+
+
 def _eps(norm: nn.Module) -> float:
-    if not isinstance(norm, nn.LayerNorm) or norm.weight is not None or norm.bias is not None:
+    if type(norm) is not nn.LayerNorm or norm.weight is not None or norm.bias is not None:
         raise ValueError(f"the norm must be a LayerNorm without weights, got {norm}")
+    _check_hooks(norm)
     return norm.eps
 
 
@@ -114,8 +121,9 @@ def _check_attention(attn: nn.Module, mask: Tensor | None, rope: object, kwargs:
         raise ValueError(f"attention has no backend {attn.processor._attention_backend!r}")
     norms = [norm for name in NORMS if (norm := getattr(attn, name, None)) is not None]
     for norm in norms:
-        if not isinstance(norm, nn.RMSNorm) or norm.weight is None or norm.eps != norms[0].eps:
+        if type(norm) is not nn.RMSNorm or norm.weight is None or norm.eps != norms[0].eps:
             raise ValueError(f"the norms of q and k must be RMSNorms with one eps, got {norm}")
+        _check_hooks(norm)
     if rope is None:
         raise ValueError("image_rotary_emb must be cos and sin, got None")
     if mask is not None:
