@@ -175,8 +175,7 @@ def _add_generate(commands: Any) -> None:
     add(
         "--dtype",
         choices=DTYPES,
-        default="float32",
-        help="of all weights, float32; int8: of the blocks'",
+        help="of all weights; bfloat16 on a GPU, float32 on a CPU; int8: of the blocks'",
     )
     add("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, else cpu")
     add("--output", metavar="PATH", help="a .png file or a folder; ./fluxkern-SEED.png")
@@ -270,6 +269,7 @@ def _check_generate(args: argparse.Namespace) -> None:
         raise ValueError("--device must be cpu where torch finds no CUDA GPU, got cuda")
     if args.device == "cuda" and args.dtype == "int8":
         raise ValueError("--device must be cpu with --dtype int8, got cuda")
+    args.dtype = args.dtype or str(pipeline.default_dtype(args.device)).removeprefix("torch.")
 
 
 def _outputs(args: argparse.Namespace, count: int) -> list[Path]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import checkpoint
 from ._files import new_folder, read_json, write_json
-from .model import sampling
+from .model import memory, sampling
 from .model.autoencoder import AutoEncoder
 from .model.layers import adapters_scaled
 from .model.sampling import Conditioning, Generators, ScheduleConfig, Step
@@ -82,6 +82,7 @@ class FluxPipeline:
         self.schedule = schedule
         self.default_size = default_size
         self._calls: list[_Call] = []  # those that run
+        self._t5_home: torch.device | None = None  # while T5 waits on the CPU for its next prompt
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -120,11 +121,13 @@ class FluxPipeline:
             weights: .safetensors, .sft or .gguf files that take the place of the folder's weights,
                 quantised ones too (docs/on-a-cpu.md); each holds one part of the pipeline, or
                 several. Configs and tokenizers are the folder's.
-            dtype: floating dtype of all weights; None is float32. "int8" holds the linear layers
+            dtype: floating dtype of all weights; None is bfloat16 on a GPU, where float32 asks for
+                68 GB, and float32 on a CPU. "int8" holds the linear layers
                 of the transformer's blocks in 8 bits, with `fluxkern.ops.linear_int8`, and of a T5
                 from `weights`, whose other layers are bfloat16; all else is float32: for a CPU, and
                 not to be saved.
-            device: where all parts go; None is the CPU.
+            device: where all parts go; None is the CPU. On a GPU that has no room for T5 beside the
+                others it stays on the CPU.
 
         Returns:
             The pipeline.
@@ -134,18 +137,18 @@ class FluxPipeline:
                 a file of `weights` that holds no part, or a part that another holds; a compact
                 model that is not in the package; "int8" on another device than the CPU.
         """
-        device, int8 = device or "cpu", dtype == "int8"
-        if int8 and torch.device(device).type != "cpu":
+        device, int8 = torch.device(device or "cpu"), dtype == "int8"
+        if int8 and device.type != "cpu":
             raise ValueError(f"device must be cpu where dtype is 'int8', got {device}")
-        dtype = torch.float32 if int8 or dtype is None else dtype
+        dtype = default_dtype(device) if int8 or dtype is None else dtype
         files = checkpoint.parts_in(weights)
         folder = folder_of(path_or_id, revision, tuple(files))
         checkpoint.check_model_index(folder)
         transformer = files.get("transformer", folder / "transformer")
         checkpoint.require_text_to_image(checkpoint.flux_config(transformer))
         with _no_default_device():
-            text_encoder = _text_encoder(folder, files, dtype, device, int8)
-        return cls(
+            text_encoder = _text_encoder(folder, files, dtype, int8)
+        pipe = cls(
             checkpoint.load_flux(transformer, dtype=dtype, device=device, int8=int8),
             checkpoint.load_autoencoder(
                 files.get("vae", folder / "vae"), dtype=dtype, device=device
@@ -156,6 +159,10 @@ class FluxPipeline:
             ),
             _default_size(read_json(folder / "vae" / "config.json")),
         )
+        pipe.text_encoder.clip.to(device)
+        pipe._t5_home = device
+        pipe._bring_t5()
+        return pipe
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a diffusers folder that diffusers and fluxkern load; whole or not at all.
@@ -234,10 +241,33 @@ class FluxPipeline:
         Returns:
             This pipeline.
         """
+        self._t5_home = None
         self.transformer.to(device=device, dtype=dtype)
         self.vae.to(device=device, dtype=dtype)
         self.text_encoder.to(device=device, dtype=dtype)
         return self
+
+    def _bring_t5(self) -> None:
+        """T5 comes back to its device if there is room for its weights."""
+        t5, home = self.text_encoder.t5, self._t5_home
+        if home is not None:
+            free = memory.free_memory(home)
+            if free is None or free > sum(p.nbytes for p in t5.parameters()) + memory.RESERVE:
+                t5.to(home)
+                self._t5_home = None
+
+    def _make_room(self, height: int, width: int, cond: Conditioning, two_passes: bool) -> None:
+        """T5 leaves a GPU that has no memory for what these pictures take beside the weights."""
+        t5, (pictures, tokens) = self.text_encoder.t5, cond.txt.shape[:2]
+        tokens += (height // sampling.PATCH) * (width // sampling.PATCH)
+        config, passes = self.transformer.config, 1 + two_passes
+        step = memory.step_bytes(config, tokens, passes * pictures, self.dtype.itemsize)
+        decoding = memory.decode_bytes(height, width, pictures, self.dtype.itemsize)
+        device = next(t5.parameters()).device
+        free = memory.free_memory(device)
+        if free is not None and free < max(step, decoding) + memory.RESERVE:
+            t5.to("cpu")
+            self._t5_home = device
 
     @torch.no_grad()
     def __call__(
@@ -356,6 +386,8 @@ class FluxPipeline:
                 stacklevel=3,
             )
 
+        self._make_room(height, width, cond, uncond is not None)
+
         # 3. Draw the noise
         pictures = cond.txt.shape[0]
         img_ids = sampling.get_img_ids(height, width, self.device)
@@ -418,6 +450,7 @@ class FluxPipeline:
             txt, vec = prompt.embeds, prompt.pooled
         else:
             texts, texts_2 = prompt.texts(batch)
+            self._bring_t5()
             encoders = self.text_encoder.clip, self.text_encoder.t5
             with _no_default_device(), adapters_scaled(lora_scale, *encoders):
                 txt, vec = self.text_encoder.encode(texts, texts_2, length)
@@ -573,10 +606,15 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
         raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
 
 
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """Of weights where none is named."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
 def _text_encoder(
-    folder: Path, files: dict[str, Path], dtype: torch.dtype, device: Any, int8: bool
+    folder: Path, files: dict[str, Path], dtype: torch.dtype, int8: bool
 ) -> TextEncoder:
-    options = {"dtype": dtype, "device": device}
+    options = {"dtype": dtype, "device": "cpu"}
     clip = t5 = None
     if "text_encoder" in files:
         clip = checkpoint.load_clip(files["text_encoder"], folder / "text_encoder", **options)

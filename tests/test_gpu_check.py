@@ -383,7 +383,7 @@ def test_a_check_that_is_killed_at_any_moment_keeps_what_it_has(tmp_path: Path):
         options = ["--out", str(out), "--dry-run", "--budget", "60", "--only", "first", "ops"]
         command = [sys.executable, "-m", "benchmarks.gpu_check", *options]
         run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        time.sleep(drawn.uniform(1, 40))
+        time.sleep(drawn.uniform(1, 25))
         before = rows_of(out)
         run.send_signal(signal.SIGKILL)
         run.wait()

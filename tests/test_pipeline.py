@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from diffusers import FluxPipeline as DiffusersPipeline
 from tiny_flux import write_tiny_flux
 
 from fluxkern.compact.text import T5_LENGTH
+from fluxkern.model import memory
 from fluxkern.model.sampling import unpack
-from fluxkern.model.transformer import Flux
-from fluxkern.pipeline import FluxPipeline
+from fluxkern.model.transformer import CONFIGS, Flux
+from fluxkern.pipeline import FluxPipeline, default_dtype
 
 PROMPT = "a red circle on a blue background"
 QUICK = {"num_inference_steps": 2, "height": 32, "width": 48, "progress": False}
@@ -498,3 +500,70 @@ def test_loading_says_nothing(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FluxPipeline.from_pretrained(folder, dtype=torch.float32, device="cpu")
+
+
+# memory of a GPU
+
+
+def test_half_precision_is_what_a_gpu_is_given():
+    assert default_dtype("cuda:1") == torch.bfloat16
+    assert default_dtype("cpu") == torch.float32
+
+
+@pytest.fixture
+def room(folder, monkeypatch):
+    """A pipeline on a device of this much free memory, and where T5 went."""
+
+    def of(free: int) -> tuple[FluxPipeline, list[str]]:
+        pipe, went = FluxPipeline.from_pretrained(folder), []
+        monkeypatch.setattr(memory, "free_memory", lambda device: free)
+        monkeypatch.setattr(pipe.text_encoder.t5, "to", lambda device: went.append(str(device)))
+        return pipe, went
+
+    return of
+
+
+def test_t5_leaves_where_a_picture_has_no_room_beside_it_and_comes_back_when_it_has(
+    room, monkeypatch
+):
+    pipe, went = room(10**8)
+    expected = draw(pipe, PROMPT, generator=seeded())
+    assert went == ["cpu"] and pipe._t5_home is not None
+    assert torch.equal(draw(pipe, PROMPT, generator=seeded()), expected)  # still no room
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**12)
+    draw(pipe, PROMPT)
+    assert went[-1] == str(pipe.device) and pipe._t5_home is None
+
+
+def test_t5_stays_where_there_is_room(room):
+    pipe, went = room(10**12)
+    draw(pipe, PROMPT)
+    assert went == []
+
+
+def test_embeddings_bring_no_t5_back(room):
+    pipe, went = room(0)
+    txt, vec = pipe.text_encoder.encode([PROMPT])
+    draw(pipe, prompt_embeds=txt, pooled_prompt_embeds=vec)
+    assert went == ["cpu"]
+
+
+@pytest.mark.parametrize("batch, passes", [(1, 1), (4, 1), (1, 2)])
+def test_memory_grows_with_pictures_passes_and_pixels(batch: int, passes: int):
+    config = CONFIGS["dev"]
+    one = memory.step_bytes(config, 4096 + 512, 1, 2)
+    assert memory.step_bytes(config, 4096 + 512, batch * passes, 2) == batch * passes * one
+    assert memory.decode_bytes(2048, 1024, batch, 2) == 2 * batch * memory.decode_bytes(
+        1024, 1024, 1, 2
+    )
+
+
+def test_the_documented_memory_of_flux_is_what_is_derived():
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Flux(CONFIGS["dev"]).parameters())
+    text = (Path(__file__).parents[1] / "docs/on-a-gpu.md").read_text()
+    assert f"| transformer | {2 * parameters / 1e9:.1f} |" in text
+    for side in (1024, 2048):
+        step = memory.step_bytes(CONFIGS["dev"], (side // 16) ** 2 + 512, 1, 2) / 1e9
+        decoding = memory.decode_bytes(side, side, 1, 2) / 1e9
+        assert f"| {side} px | {step:.1f} | {decoding:.1f} |" in text

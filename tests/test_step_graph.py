@@ -203,3 +203,20 @@ def test_nothing_is_captured_under_autocast(model: Flux, captures: Captures):
     with torch.autocast(DEVICE, torch.bfloat16):
         sampled(model, text(5), cuda_graph=True)
     assert captures.captured == 0
+
+
+def test_weights_that_move_are_seen_and_one_look_is_no_walk():
+    model = random_flux(CONFIG)
+    weights = step_graph.Weights(model)
+    before = weights.places()
+    assert weights.places() == before
+    layer = model.single_blocks[0].linear2
+    layer.weight.data.mul_(2)  # in place
+    model.single_blocks[0].modulation.lin.weight.data = torch.zeros(1)  # read ahead of the steps
+    assert weights.places() == before
+    layer.weight.data = layer.weight.data.clone()
+    assert weights.places() != before
+    before = weights.places()
+    other = torch.nn.Linear(layer.in_features, layer.out_features)
+    model.single_blocks[0].linear2 = other
+    assert weights.places() != before and other.weight.data_ptr() in weights.places()

@@ -461,6 +461,18 @@ def test_modulation_layers_are_a_quarter_of_a_flux_and_not_needed_beside_a_works
     assert sum(sizes.values()) == vectors * 3072 * (3072 + 1) == 3_247_448_064
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@torch.no_grad()
+def test_released_modulation_waits_in_pinned_memory_and_comes_back_as_it_was():
+    model = random_flux(TINY).to("cuda", torch.bfloat16)
+    before = {name: p.cpu() for name, p in model.named_parameters()}
+    model.modulation_to("cpu")
+    away = {name for name, p in model.named_parameters() if not p.is_cuda}
+    assert away and all(p.is_pinned() for p in model.parameters() if not p.is_cuda)
+    model.modulation_to("cuda")
+    assert all(torch.equal(p.cpu(), before[name]) for name, p in model.named_parameters())
+
+
 # sizes
 
 

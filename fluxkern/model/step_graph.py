@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from itertools import chain
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -72,6 +72,38 @@ class StepGraph:
         return self.out.clone()  # the next replay writes over it
 
 
+class Weights:
+    """Where the weights of a step are, which does not read the modulation layers.
+
+    The modules are walked once: a walk at each step would take longer than its launches. One that
+    is put in the place of another is seen by its identity, as the old one is kept until then.
+    """
+
+    def __init__(self, model: Flux) -> None:
+        self.model = model
+        self._walk()
+
+    def _walk(self) -> None:
+        named = list(self.model.named_modules())
+        self.modules = [module for _, module in named]
+        self.below = [m._modules for m in self.modules if m._modules]
+        self.held = [
+            held
+            for name, m in named
+            for held in (m._parameters, m._buffers)
+            if held and "mod" not in name
+        ]
+        self.known = self._identities()
+
+    def _identities(self) -> list[int]:
+        return [id(module) for modules in self.below for module in modules.values()]
+
+    def places(self) -> tuple[int, ...]:
+        if self._identities() != self.known:
+            self._walk()
+        return tuple(t.data_ptr() for held in self.held for t in held.values() if t is not None)
+
+
 class StepGraphs:
     """The graphs of one sampling run; its memory goes when it goes.
 
@@ -87,6 +119,10 @@ class StepGraphs:
     def __init__(self, model: Flux, wanted: bool | None) -> None:
         self.model, self.wanted = model, wanted
         self.graphs: dict[tuple, StepGraph | None] = {}  # None: seen once
+
+    @cached_property
+    def weights(self) -> Weights:
+        return Weights(self.model)
 
     def takes(self, img: Tensor, txt: Tensor) -> bool:
         if self.wanted is False or not capturable(img):
@@ -104,7 +140,7 @@ class StepGraphs:
     ) -> Tensor:
         if not self.takes(img, txt):
             return step(img, txt, workspace)
-        key = img.shape, txt.shape, img.dtype, self._weights()
+        key = img.shape, txt.shape, img.dtype, self.weights.places()
         if key not in self.graphs:
             self._add(key, None)
             return step(img, txt, workspace)
@@ -116,11 +152,6 @@ class StepGraphs:
                 logging.getLogger("fluxkern").warning("no CUDA graph of a step: %s", error)
                 return step(img, txt, workspace)
         return self.graphs[key](img, txt, workspace)
-
-    def _weights(self) -> tuple[int, ...]:
-        """Where the weights of a step are, which does not read the modulation layers."""
-        named = chain(self.model.named_parameters(), self.model.named_buffers())
-        return tuple(weight.data_ptr() for name, weight in named if "mod" not in name)
 
     def _add(self, key: tuple, graph: StepGraph | None) -> None:
         self.graphs.pop(key, None)

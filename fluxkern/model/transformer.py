@@ -492,6 +492,12 @@ class LastLayer(nn.Module):
         return {"linear": ("linear", self.linear)} | self._modulation_places()
 
 
+def _moved(t: Tensor, device: torch.device) -> Tensor:
+    if t.is_cuda and device.type == "cpu":
+        return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+    return t.to(device, non_blocking=device.type == "cuda" and t.is_pinned())
+
+
 class Flux(nn.Module):
     """The FLUX.1 transformer: image tokens, text tokens and conditions to a velocity.
 
@@ -608,14 +614,18 @@ class Flux(nn.Module):
     def modulation_to(self, device: torch.device | str) -> None:
         """Moves the modulation layers, which `forward` does not need beside a workspace.
 
-        Those that hooks bring to where they run stay where they are.
+        Those that hooks bring to where they run stay where they are. From a GPU they go to pinned
+        memory, from which they come back at the speed of the bus.
 
         Args:
             device: where to.
         """
+        device = torch.device(device)
         for block, layer in self._modulations():
             if not hooked(block) and not any(p.is_meta for p in layer.parameters()):
-                layer.to(device)
+                layer._apply(lambda t: _moved(t, device))
+        if device.type == "cpu" and self.img_in.weight.is_cuda:
+            torch.cuda.synchronize(self.img_in.weight.device)  # before the host reads the copies
 
     def places(self) -> Places:
         return {name: ("linear", getattr(self, name)) for name in ("img_in", "txt_in")}
