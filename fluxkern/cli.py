@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
 import platform
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
     from .model.transformer import FluxConfig
 
+PROMPTS_LIMIT = 2**26  # bytes
+MAX_PICTURES = 100_000  # of a run
+MAX_THREADS = 1024
+MAX_ROUNDS = 10_000
 STEPS, GUIDANCE = 28, 3.5  # of a guidance-distilled model, as in diffusers
 BENCH_SUITES = ("ops", "products", "blocks", "step", "parts", "pipeline", "quality", "scaling")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -88,7 +93,7 @@ def _say(message: str) -> None:
 
 def _printable(text: str) -> str:
     """One line without control characters: they are shown as escapes."""
-    text = re.sub(r"\s*\n\s*", " ", text.strip())
+    text = " ".join(line.strip() for line in text.split("\n") if line.strip())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -184,7 +189,7 @@ def _add_generate(commands: Any) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
-    _check_generate(args)
+    _check_generate(args, prompts)
     given, args.seed = args.seed, _seed(args.seed)
     outputs = _outputs(args, len(prompts) * args.batch)
 
@@ -226,31 +231,35 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = [args.prompt]
     if args.prompts is not None:
         file = sys.stdin.fileno() if args.prompts == "-" else args.prompts
-        with open(file, encoding="utf-8-sig", closefd=args.prompts != "-") as lines:
-            try:
-                prompts = [line.rstrip("\n") for line in lines if line.strip()]
-            except UnicodeDecodeError as error:
-                raise ValueError(f"--prompts {args.prompts} is not UTF-8 text: {error}") from None
+        with open(file, "rb", closefd=args.prompts != "-") as lines:
+            text = lines.read(PROMPTS_LIMIT + 1)
+        if len(text) > PROMPTS_LIMIT:
+            raise ValueError(f"--prompts {args.prompts}: larger than {PROMPTS_LIMIT} bytes")
+        try:
+            lines = io.StringIO(text.decode("utf-8-sig"), newline=None)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts {args.prompts} is not UTF-8 text: {error}") from None
+        prompts = [line.rstrip("\n") for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f"--prompts {args.prompts} holds no prompt, only blank lines")
     return prompts
 
 
-def _check_generate(args: argparse.Namespace) -> None:
+def _check_generate(args: argparse.Namespace, prompts: list[str]) -> None:
     """Everything that can be known before a model is loaded."""
     import torch
 
     from . import pipeline
     from .model.text_encoder import T5_LIMIT, check_texts
 
-    for option, value in (("PROMPT", args.prompt), ("--negative-prompt", args.negative_prompt)):
-        check_texts(option, ["" if value is None else value])
+    check_texts("PROMPT" if args.prompts is None else "--prompts", prompts)
+    check_texts("--negative-prompt", [args.negative_prompt or ""])
     for option, value in (("--height", args.height), ("--width", args.width)):
         if value is not None:
             pipeline.check_size(option, value)
     counts = {
         "--steps": (args.steps, pipeline.MAX_STEPS),
-        "--batch": (args.batch, None),
+        "--batch": (args.batch, pipeline.MAX_IMAGES),
         "--max-sequence-length": (args.max_sequence_length, T5_LIMIT),
     }
     for option, (value, most) in counts.items():
@@ -284,6 +293,8 @@ def _outputs(args: argparse.Namespace, count: int) -> list[Path]:
         raise ValueError(f"--output: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, "--output cannot be written", str(folder))
+    if count > MAX_PICTURES:
+        raise ValueError(f"a run makes at most {MAX_PICTURES} pictures, {count} were asked for")
     digits = len(str(count))
     names = [f"{stem}-{i:0{digits}}" for i in range(1, count + 1)] if count > 1 else [stem]
     outputs = [folder / f"{name}.png" for name in names]
@@ -437,10 +448,11 @@ def _save_png(image: Image, path: Path, info: PngInfo, force: bool) -> None:
 
     def write(unfinished: Path) -> None:
         image.save(unfinished, format="PNG", pnginfo=info)
-        _check_free(path, force)  # it may have come while we drew
 
     try:
-        write_files(path.parent, {path.name: write})
+        write_files(path.parent, {path.name: write}, new=not force)
+    except FileExistsError:  # it came while we drew
+        raise ValueError(f"{path} exists already; --force writes over it") from None
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
 
@@ -542,6 +554,11 @@ def _environment_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"{op:44} {choice['chosen'] or '-':10} {why}"
 
 
+def _check_between(option: str, value: int | None, least: int, most: int) -> None:
+    if value is not None and not least <= value <= most:
+        raise ValueError(f"{option} must be from {least} to {most}, got {value}")
+
+
 # bench
 
 
@@ -565,8 +582,7 @@ def _add_bench(commands: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    _check_between("--threads", args.threads, 1, MAX_THREADS)
     if args.compare is not None and len(args.compare) > 2:
         raise ValueError(f"--compare must be one file or two, got {len(args.compare)}")
     root = Path(__file__).resolve().parents[1]
@@ -619,8 +635,7 @@ def _tune(args: argparse.Namespace) -> None:
         _known("--shape", args.shape or ["flux-512", *["flux-1024"] * gpu, "compact"], SHAPES),
         _known("--dtype", args.dtype or ["fp32", "bf16"], dtypes),
     )
-    if args.rounds is not None and args.rounds < 3:
-        raise ValueError(f"--rounds must be at least 3, got {args.rounds}")
+    _check_between("--rounds", args.rounds, 3, MAX_ROUNDS)
     pin_threads()
     keep_pages()
     output = Path(args.output) if args.output else None
@@ -684,15 +699,14 @@ def _copy(folder: Path, target: Path) -> None:
     import shutil
 
     from ._files import new_folder
-    from .pipeline import MODEL_INDEX
+    from .pipeline import MODEL_INDEX, PIPELINE_FILES
 
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} must be a folder, got a file")
-    with new_folder(target) as unfinished:
-        for part in (folder / name for name in (*MODEL_INDEX, "model_index.json", "README.md")):
-            copy = shutil.copytree if part.is_dir() else shutil.copyfile
-            if part.exists():
-                copy(part, unfinished / part.name)
+    with new_folder(target, PIPELINE_FILES) as unfinished:
+        for name in (*MODEL_INDEX, "model_index.json", "README.md"):
+            for file in filter(Path.is_file, (folder / name, *folder.glob(f"{name}/*"))):
+                copy = unfinished / file.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 # train
@@ -710,8 +724,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    _check_between("--threads", args.threads, 1, MAX_THREADS)
 
     import torch
 

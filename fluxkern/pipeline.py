@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ COMPACT = {  # what comes with fluxkern; the first is for who has no reason to c
 DEFAULT_SIZE = 1024
 MAX_SIZE = 8192
 MAX_STEPS = 1000
+MAX_IMAGES = 1000  # of a prompt
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds")
 
@@ -171,12 +173,9 @@ class FluxPipeline:
             folder: a new or empty folder.
 
         Raises:
-            ValueError: `folder` exists and is not an empty folder, or the pipeline is in int8.
+            ValueError: `folder` is no new or empty folder, or the pipeline is in int8.
         """
-        folder = Path(folder)
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise ValueError(f"folder must be new or empty, got {folder}")
-        with new_folder(folder) as unfinished:
+        with new_folder(Path(folder)) as unfinished:
             self._write(unfinished)
 
     def _write(self, folder: Path) -> None:
@@ -318,7 +317,7 @@ class FluxPipeline:
             sigmas: 1 to 1000 noise levels above 0 and up to 1, which the schedule shifts, in place
                 of evenly spaced ones.
             guidance_scale: guidance given to a guidance-distilled model; others ignore it.
-            num_images_per_prompt: pictures for each prompt.
+            num_images_per_prompt: pictures for each prompt, 1 to 1000.
             generator: one for the call, or a list with one for each picture.
             latents: [N, height/16 * width/16, 64] packed noise in place of drawn noise.
             prompt_embeds: [B, Lt, context] in place of `prompt`, with `pooled_prompt_embeds`.
@@ -354,7 +353,9 @@ class FluxPipeline:
             sigmas = _checked_sigmas(sigmas)
             num_inference_steps = len(sigmas)
         num_inference_steps = check_count("num_inference_steps", num_inference_steps, MAX_STEPS)
-        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt, None)
+        num_images_per_prompt = check_count(
+            "num_images_per_prompt", num_images_per_prompt, MAX_IMAGES
+        )
         if max_sequence_length is not None:
             max_sequence_length = check_count("max_sequence_length", max_sequence_length, T5_LIMIT)
         _check_choice("output_type", output_type, OUTPUT_TYPES)
@@ -658,6 +659,13 @@ def _to_output(x: Tensor, output_type: str) -> list[Image] | np.ndarray | Tensor
     return [Image.fromarray(picture) for picture in (array * 255).round().astype(np.uint8)]
 
 
+PIPELINE_FILES = re.compile(  # those of the parts and of their kinds, below its folder
+    r"model_index\.json|README\.md|scheduler/scheduler_config\.json"
+    r"|(transformer|vae|text_encoder(_2)?)/(config\.json|(diffusion_pytorch_)?model"
+    r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?)"
+    r"|tokenizer(_2)?/(tokenizer|tokenizer_config|vocab|special_tokens_map|added_tokens)\.json"
+    r"|tokenizer(_2)?/(merges\.txt|spiece\.model)"
+)
 MODEL_INDEX = {
     "_class_name": "FluxPipeline",
     "_diffusers_version": "0.30.0",

@@ -54,6 +54,7 @@ from fluxkern.model.autoencoder import AutoEncoder, AutoEncoderConfig
 from fluxkern.model.transformer import CONFIGS, Flux, FluxConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+OTHER = 54321  # the id of a user who is not here
 
 # BFL's names written by hand for one block of each kind, hidden 2 and MLP 3: rows, columns, and the
 # name diffusers gives to a layer that is only renamed
@@ -745,14 +746,54 @@ def test_an_index_whose_shards_hold_other_tensors_is_refused(sharded):
     (sharded / INDEX).write_text(json.dumps(index))
     refused(sharded, r"against the index: 1 missing \(x_embedder\.ghost\)")
     (sharded / shards[0]).unlink()
-    refused(sharded, "is not a file")
+    refused(sharded, f"has no {shards[0]}")
 
 
-def test_a_shard_that_links_out_of_its_folder_is_refused(sharded):
-    shard = min(sharded.glob("*.safetensors"))
-    shard.rename(sharded.parent / "outside.safetensors")
-    shard.symlink_to("../outside.safetensors")
-    refused(sharded, "leads out of its folder")
+def lead_out(file: Path, uid: int) -> None:
+    """A file becomes a link to itself elsewhere, which belongs to somebody."""
+    outside = file.parent.parent / f"outside-{file.name}"
+    file.rename(outside)
+    file.symlink_to(f"../{outside.name}")
+    os.chown(outside, uid, -1)
+
+
+def test_links_to_files_of_the_caller_or_of_the_links_owner_are_followed(sharded):
+    for file in (min(sharded.glob("*.safetensors")), sharded / "config.json", sharded / INDEX):
+        lead_out(file, os.geteuid())
+    assert same_bits(load_flux(sharded).state_dict(), tiny_flux().state_dict())
+    if os.geteuid() == 0:
+        for link in filter(Path.is_symlink, sharded.iterdir()):
+            os.chown(link, OTHER, -1, follow_symlinks=False)
+            os.chown(link.resolve(), OTHER, -1)
+        load_flux(sharded)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
+def test_a_link_to_a_file_of_another_user_is_refused(sharded, tmp_path):
+    for file in (min(sharded.glob("*.safetensors")), sharded / "config.json", sharded / INDEX):
+        lead_out(file, OTHER)
+        refused(sharded, "leads out of its folder, to a file of another user")
+        os.chown(file.resolve(), 0, -1)
+    save_flux(tiny_flux(), tmp_path / "one")
+    lead_out(tmp_path / "one" / WEIGHTS, OTHER)
+    refused(tmp_path / "one", "leads out of its folder")
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        weights_hash(tmp_path / "one")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+@pytest.mark.parametrize("target", ["/dev/zero", "/", "fifo"])
+def test_a_link_to_what_is_no_regular_file_is_refused(folder, name, target):
+    os.mkfifo(folder / "fifo")
+    (folder / name).unlink()
+    (folder / name).symlink_to(target)
+    refused(folder, f"{name} is not a file")
+
+
+def test_a_hash_of_weights_reads_no_devices(folder):
+    (folder / "extra.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="is not a file"):
+        weights_hash(folder)
 
 
 def make_hub_cache(root: Path, folder: Path) -> Path:
@@ -775,12 +816,10 @@ def test_links_of_a_hub_snapshot_to_its_blobs_are_followed(tmp_path, sharded):
     snapshot = make_hub_cache(tmp_path / "cache", sharded.parent)
     loaded = load_flux(snapshot / "flux").state_dict()
     assert same_bits(loaded, tiny_flux().state_dict())
-    other = tmp_path / "cache" / "models--org--name" / "outside.safetensors"
-    shard = min((snapshot / "flux").glob("*.safetensors"))
-    shutil.copy(shard, other)
-    shard.unlink()
-    shard.symlink_to(other)
-    refused(snapshot / "flux", "leads out of its folder")
+    if os.geteuid() == 0:  # a cache that another user shares
+        for path in (tmp_path / "cache").rglob("*"):
+            os.chown(path, OTHER, -1, follow_symlinks=False)
+        load_flux(snapshot / "flux")
 
 
 def test_one_file_and_an_index_side_by_side_are_refused(sharded):
@@ -811,15 +850,15 @@ def test_a_nan_or_an_infinity_is_warned_of_by_name(folder):
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, format):
     written = []
 
-    def full(tensors, path, metadata):
+    def full(path, tensors, metadata):
         if written:
             raise OSError(28, "No space left on device")
         written.append(path)
-        save_file(tensors, path, metadata)
+        _files.write_tensors(path, tensors, metadata)
         if format == "bfl":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(files, "write_tensors", full)
     name = "new/flux" if format == "diffusers" else "new/flux.safetensors"
     with pytest.raises(OSError, match="No space"):
         save_flux(tiny_flux(), tmp_path / name, format=format, max_shard_size="200KB")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 import warnings
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from tiny_flux import write_tiny_flux
 
 import fluxkern
 from benchmarks import compact
-from fluxkern import checkpoint, ops
+from fluxkern import checkpoint, cli, ops
 from fluxkern.cli import main
 from fluxkern.compact import train
 from fluxkern.compact.optimise import Optimised
@@ -268,6 +269,37 @@ def test_a_bad_argument_is_refused_in_one_line(generate, tmp_path, words):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("generate a --batch 1001", "--batch must be a whole number from 1 to 1000, got 1001"),
+        (
+            "generate a --batch 99999999999999999999",
+            "--batch must be a whole number from 1 to 1000",
+        ),
+        ("generate a --steps 1001", "--steps must be a whole number from 1 to 1000"),
+        ("train vae --threads 1000000000", "--threads must be from 1 to 1024, got 1000000000"),
+        ("bench --threads 1025", "--threads must be from 1 to 1024"),
+        ("tune --rounds 1000000000", "--rounds must be from 3 to 10000"),
+        ("generate --prompts /dev/zero", "--prompts /dev/zero: larger than 67108864 bytes"),
+        ("generate --prompts long.txt", "--prompts must have at most 1048576 characters"),
+        ("generate --prompts many.txt --batch 1000", "at most 100000 pictures, 101000 were asked"),
+    ],
+)
+def test_counts_have_bounds(fluxkern_at, command, says):
+    Path("long.txt").write_text("x" * (2**20 + 1))
+    Path("many.txt").write_text("a\n" * 101)
+    assert_refused(fluxkern_at(*command.split()), 2, says)
+
+
+def test_a_prompt_of_spaces_is_printed_in_time_that_grows_with_its_length():
+    for text in ("a" + " " * 2**20 + "b", "a" + " \n" * 2**19 + "b", "\n" * 2**20, "\x1b" * 2**18):
+        start = time.process_time()
+        assert "\n" not in cli._printable(text)
+        assert time.process_time() - start < 5
+    assert cli._printable("  a \n\n  b\nc  ") == "a b c"
+
+
 def test_a_gpu_that_is_not_there_is_refused(generate):
     assert_refused(generate(PROMPT, "--device", "cuda"), 2, "no CUDA GPU")
 
@@ -715,7 +747,9 @@ def test_train_refuses_bad_input_before_it_makes_a_folder(fluxkern_at, tmp_path)
     (tmp_path / "bad.toml").write_text("seed = ")
     assert_refused(fluxkern_at("train", "vae", "--config", "bad.toml"), 2, "not a TOML file")
     assert_refused(fluxkern_at("train", "flow", "--config", "none.toml"), 1, "No such file")
-    assert_refused(fluxkern_at("train", "vae", "--threads", "0"), 2, "--threads must be at least 1")
+    assert_refused(
+        fluxkern_at("train", "vae", "--threads", "0"), 2, "--threads must be from 1 to 1024"
+    )
     if not torch.cuda.is_available():
         assert_refused(fluxkern_at("train", "vae", "--device", "cuda"), 2, "--device must be cpu")
     assert files_below(tmp_path) == ["bad.toml"]

@@ -63,21 +63,6 @@ def test_building_over_an_older_folder_leaves_nothing_of_it(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tokenizer", "tokenizer_2"]
 
 
-def test_a_failed_write_keeps_the_old_folder(tmp_path):
-    place = tmp_path / "tokenizer"
-    place.mkdir()
-    (place / "old").write_text("kept")
-
-    def write(path):
-        (path / "half").write_text("...")
-        raise OSError("no space")
-
-    with pytest.raises(OSError, match="no space"):
-        text._replace_folder(place, write)
-    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer"]
-    assert (place / "old").read_text() == "kept"
-
-
 def test_every_word_of_the_drawings_is_one_token(tokenizers):
     names = " ".join([*SHAPES, *COLOURS, *SIZES, *POSITIONS])
     for word in names.split():

@@ -1,8 +1,10 @@
 """Training of the compact model: its gradients, its loss curves, its distillation."""
 
 import json
+import resource
 import shutil
 import signal
+import tomllib
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from checkpoint_files import same_bits
 from diffusers import FluxPipeline as DiffusersPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fluxkern import pipeline
@@ -22,6 +24,7 @@ from fluxkern.checkpoint import weights_hash
 from fluxkern.cli import main
 from fluxkern.compact import distill, optimise, ship, text, train
 from fluxkern.compact.drawings import Scene
+from fluxkern.compact.optimise import Diverged, Optimised, save_tensors
 from fluxkern.compact.recipe import FOLDER, RECIPES, FlowRecipe, read_recipe
 from fluxkern.model.autoencoder import AutoEncoder, AutoEncoderConfig
 from fluxkern.model.sampling import (
@@ -122,16 +125,16 @@ def test_every_command_has_its_recipe(command: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("seed = 0", "seed = -1", "seed must be int >= 0, got -1"),
+        ("seed = 0", "seed = -1", "seed must be int from 0 to .*, got -1"),
         ("seed = 0", "seeds = 0", "must hold"),
         ('start = ""', "start = 1", "start must be a string, got 1"),
         ('"bfloat16"', '"int8"', r"\[flow\]: dtype must be one of .* got 'int8'"),
-        ("decay = 0.4", "decay = true", r"\[flow\]: decay must be float >= 0, got True"),
-        ("batch_size = 64", "batch_size = 6.4", r"\[text\]: batch_size must be int >= 1"),
+        ("decay = 0.4", "decay = true", r"\[flow\]: decay must be float from 0 to 1, got True"),
+        ("batch_size = 64", "batch_size = 6.4", r"\[text\]: batch_size must be int from 1"),
         (
             "evaluate_every = ",
             "evaluate_every = 0 # ",
-            r"\[flow\]: evaluate_every must be int >= 1",
+            r"\[flow\]: evaluate_every must be int from 1 to",
         ),
     ],
 )
@@ -139,6 +142,45 @@ def test_a_bad_recipe_is_refused_by_name(tmp_path, old: str, new: str, message: 
     (tmp_path / "bad.toml").write_text((FOLDER / "flow.toml").read_text().replace(old, new, 1))
     with pytest.raises(ValueError, match=message):
         read_recipe(FlowRecipe, tmp_path / "bad.toml")
+
+
+NUMBERS = [
+    (command, stage, name)
+    for command in RECIPES
+    for stage, numbers in tomllib.loads((FOLDER / f"{command}.toml").read_text()).items()
+    for name in (numbers if isinstance(numbers, dict) else [None])
+    if name not in ("dtype", "start") and stage != "start"
+]
+
+
+@pytest.mark.parametrize(("command", "stage", "name"), NUMBERS)
+def test_every_number_of_a_recipe_is_bounded(tmp_path, command, stage, name) -> None:
+    recipe = tomllib.loads((FOLDER / f"{command}.toml").read_text())
+    for value in ("1" + "0" * 400, "-1e9", "inf", "nan", "1e300", "[]", "9223372036854775808"):
+        lines = [f"{key} = {json.dumps(recipe[key])}" for key in ("seed", "start")]
+        if name is None:
+            lines[0] = f"seed = {value}"
+        for part, numbers in recipe.items():
+            if isinstance(numbers, dict):
+                shown = {key: json.dumps(number) for key, number in numbers.items()}
+                shown |= {name: value} if part == stage else {}
+                lines += [f"[{part}]", *(f"{key} = {text}" for key, text in shown.items())]
+        (tmp_path / "bad.toml").write_text("\n".join(lines))
+        with pytest.raises(ValueError, match=rf"{name or 'seed'} must be \w+ from .* to ") as error:
+            read_recipe(RECIPES[command], tmp_path / "bad.toml")
+        assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a = " + "[" * 100_000, "a = " + "1" * 5000, "\x00", "seed = 1" + "\n#" * 600_000, "a = '"],
+    ids=["nested", "digits", "zero", "large", "open"],
+)
+def test_a_recipe_that_is_none_is_refused_in_one_line(tmp_path, text) -> None:
+    (tmp_path / "bad.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.toml( is not a TOML file|: larger than)") as error:
+        read_recipe(FlowRecipe, tmp_path / "bad.toml")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +192,18 @@ def test_a_bad_recipe_is_refused_by_name(tmp_path, old: str, new: str, message: 
             "student_steps must divide teacher_steps 16, got 3",
         ),
         ("most = 5.0", "most = 0.5", "least must be at most 0.5, got 1.0"),
+        (
+            "student_steps = 4",
+            "student_steps = 16\npaths = 90000\n#",
+            r"paths times student_steps \+ 1 must be at most 1000000, got 90000 times 17",
+        ),
     ],
 )
 def test_numbers_that_do_not_fit_each_other_are_refused(tmp_path, old, new, message) -> None:
     recipe = (FOLDER / "distill.toml").read_text()
     assert old in recipe
+    if "paths = " in new:
+        recipe = recipe.replace("paths = 6000\n", "")
     (tmp_path / "bad.toml").write_text(recipe.replace(old, new, 1))
     with pytest.raises(ValueError, match=message):
         read_recipe(RECIPES["distill"], tmp_path / "bad.toml")
@@ -484,3 +533,111 @@ def test_text_encoders_and_their_classifiers_are_on_one_device(tmp_path) -> None
     with pytest.raises(RuntimeError, match="meta tensors"):  # which have no value to report
         text.pretrain_encoders(clip, t5, tokenizers, steps=1, batch_size=2)
     assert any(p.grad is not None for p in t5.parameters())
+
+
+# what is not finite
+
+
+def optimised_at(folder: Path, steps: int = 10) -> tuple[torch.nn.Parameter, Optimised]:
+    weight = torch.nn.Parameter(torch.ones(3))
+    return weight, Optimised(folder / "state.safetensors", {"w": weight}, 0.1, steps, 0.5)
+
+
+def run_at(folder: Path) -> train.VaeRun:
+    return train.VaeRun(folder, read_recipe(RECIPES["vae"], FOLDER / "vae.toml"))
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "gradients", "weights"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_training_stops_where_something_is_not_finite_and_keeps_the_good_state(
+    tmp_path, monkeypatch, spoilt: str, value: float
+) -> None:
+    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
+    weight, optimised = optimised_at(tmp_path)
+
+    def backward(step: int) -> float:
+        weight.grad = torch.ones(3)
+        if step == 4 and spoilt == "gradients":
+            weight.grad[1] = value
+        if step == 4 and spoilt == "weights":
+            weight.data[2] = value
+        return value if step == 4 and spoilt == "loss" else 1.0
+
+    says = rf"state stopped in step 5: the .*{spoilt} is (nan|inf); .* the state after step 4"
+    with pytest.raises(Diverged, match=says):
+        run_at(tmp_path / "run").fit("stage", optimised, backward, dict, 100)
+    kept = load_file(tmp_path / "state.safetensors")
+    assert all(t.isfinite().all() for t in kept.values())
+    resumed, again = optimised_at(tmp_path)
+    assert again.step == 4 and torch.equal(resumed, kept["parameter.w"])
+
+
+def test_nothing_that_is_not_finite_is_kept(tmp_path) -> None:
+    with pytest.raises(Diverged, match="latents.safetensors is not written: z is not finite"):
+        save_tensors(tmp_path / "latents.safetensors", {"z": torch.tensor([1.0, torch.nan])}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_half_precision_does_not_hold_are_not_written() -> None:
+    pipe = FluxPipeline.from_pretrained("compact")
+    train.in_half(pipe)
+    pipe.to(dtype=torch.float32)
+    next(pipe.vae.parameters()).data.fill_(1e6)
+    with pytest.raises(Diverged, match="the vae does not fit in float16"):
+        train.in_half(pipe)
+
+
+@pytest.mark.parametrize("rate", [1e12, 1e15])
+def test_the_text_encoders_stop_too(tmp_path, rate: float) -> None:
+    tokenizers = text.build_tokenizers(tmp_path)
+    clip, t5 = text.build_encoders(tokenizers)
+    with pytest.raises(
+        Diverged, match=r"text stopped in step \d+: the (loss|norm of the weights) is"
+    ):
+        text.pretrain_encoders(clip, t5, tokenizers, steps=30, batch_size=2, learning_rate=rate)
+
+
+def test_a_second_training_in_a_folder_is_refused(tmp_path) -> None:
+    first, second = run_at(tmp_path), run_at(tmp_path)
+    first.train = lambda: second()
+    with pytest.raises(ValueError, match="another training writes there"):
+        first()
+    second.train = lambda: tmp_path
+    assert second() == tmp_path
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other"])
+def test_a_damaged_state_is_refused_in_one_line(tmp_path, damage: str) -> None:
+    _, optimised = optimised_at(tmp_path)
+    optimised.save()
+    path = optimised.path
+    whole = path.read_bytes()
+    other = {"metadata": b"", "cut": whole[:-7], "empty": b"", "text": b"x" * 100}.get(damage)
+    if damage == "other":
+        save_file({"x": torch.ones(2)}, path)
+    else:
+        path.write_bytes(other)
+    with pytest.raises(ValueError, match=r"state\.safetensors") as error:
+        optimised_at(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_state_of_other_parameters_is_refused_by_name(tmp_path) -> None:
+    _, optimised = optimised_at(tmp_path)
+    save_tensors(optimised.path, {"parameter.v": torch.ones(3)}, {"step": "3"})
+    with pytest.raises(ValueError, match="state.safetensors holds no parameter.w"):
+        optimised_at(tmp_path)
+
+
+def test_a_full_disk_ends_a_log_without_half_a_line(tmp_path) -> None:
+    run = run_at(tmp_path)
+    run.log(stage="a", step=1)
+    before = (tmp_path / "log.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            run.log(stage="b", step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "log.jsonl").read_bytes() == before

@@ -22,7 +22,7 @@ LAYERS = {  # a layer and what it may import of fluxkern, besides itself
     "ops": {"_ops", "reference"},
     "cases": set(),
     "testing": {"reference"},
-    "bench": {"cases", "ops", "reference", "testing"},
+    "bench": {"_files", "cases", "ops", "reference", "testing"},
     "model": {"_files", "_modules", "ops"},
     "checkpoint": {"_files", "model", "ops"},
     "pipeline": {"_files", "checkpoint", "model", "ops"},

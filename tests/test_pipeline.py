@@ -364,7 +364,10 @@ TXT, VEC = torch.zeros(1, 8, 32), torch.zeros(1, 24)
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 1000"),
         ({"num_inference_steps": -3}, "got -3"),
         ({"num_inference_steps": 10**9}, "got 1000000000"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number at least 1"),
+        (
+            {"num_images_per_prompt": 0},
+            "num_images_per_prompt must be a whole number from 1 to 1000",
+        ),
         ({"max_sequence_length": 513}, "max_sequence_length must be .* from 1 to 512, got 513"),
         ({"max_sequence_length": 0}, "max_sequence_length must be .* from 1 to 512, got 0"),
         ({"output_type": "jpg"}, "output_type must be of pil, np, pt, latent, got 'jpg'"),

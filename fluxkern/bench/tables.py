@@ -1,10 +1,10 @@
 """Rows as JSON and on the terminal."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from .._files import write_files
 from .calls import CallCost
 from .compare import Row
 from .timers import spread
@@ -25,10 +25,11 @@ def diffable(value: Any, indent: str = "") -> str:
 
 def write_json(path: Path, data: object) -> None:
     """The file is the old or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(diffable(data) + "\n", encoding="utf-8")
-    part.replace(path)
+
+    def write(file: Path) -> None:
+        file.write_text(diffable(data) + "\n", encoding="utf-8")
+
+    write_files(path.parent, {path.name: write})
 
 
 def table(rows: list[Row]) -> str:

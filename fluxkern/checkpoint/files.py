@@ -1,7 +1,6 @@
 """Files of weights: loaded and saved as safetensors only, in BFL's layout or diffusers'."""
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._files import check_link, read_json, read_weight_map, write_files, write_json
+from .._files import (
+    PICKLES,
+    check_file,
+    new_folder,
+    read_json,
+    read_tensor_header,
+    read_weight_map,
+    write_files,
+    write_json,
+    write_tensors,
+)
 from ..model.autoencoder import AutoEncoder
 from ..model.int8 import block_linears, comfy_state, int8_state, is_int8, to_int8
 from ..model.transformer import Flux, FluxConfig
@@ -27,15 +34,13 @@ from .stored import Maps, Quantised, Stored
 
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
-OWN_FILE = re.compile(rf"{WEIGHTS}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
-SUFFIXES = (".safetensors", ".sft", ".gguf")
+OWN_FILE = re.compile(rf"config\.json|{WEIGHTS}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
 # the parts of a file that holds a whole pipeline
 FLUX_PREFIXES = ("model.diffusion_model.",)
 AUTOENCODER_PREFIXES = ("vae.", "first_stage_model.")
 OTHER_PARTS = (*FLUX_PREFIXES, *AUTOENCODER_PREFIXES, "text_encoders.")
 Renames = Sequence[tuple[str, str]]
 NORM_WEIGHT = ((r"(\.norm\.(?:query|key)_norm)\.weight$", r"\1.scale"),)
-PICKLES = {".bin", ".pt", ".ckpt", ".pth", ".pkl", ".pickle"}
 FETCHED = (".json", ".safetensors", ".txt", ".model")
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")  # those with weights
 DTYPES = {
@@ -101,22 +106,6 @@ AUTOENCODER = _Kind(
 # what files hold
 
 
-def _check_is_safetensors(path: Path) -> None:
-    suffix = path.suffix.lower()
-    if suffix in PICKLES:
-        raise ValueError(f"{path} is a pickle, which can run code; only .safetensors is loaded")
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path} must be a {' or '.join(SUFFIXES)} file, got {suffix or 'none'}")
-    with open(path, "rb") as file:
-        head = file.read(9)
-    if head[8:] == b"{":  # after the header's length
-        return
-    if head.startswith((b"PK", b"\x80")):
-        raise ValueError(f"{path} is a pickle under another name; only .safetensors is loaded")
-    what = "a git-lfs pointer" if head[:4] == b"vers" else "something else"
-    raise ValueError(f"{path} is not a safetensors file but {what} ({len(head)} bytes read)")
-
-
 def _is_gguf(path: Path) -> bool:
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
@@ -129,18 +118,7 @@ def _is_gguf(path: Path) -> bool:
 
 def _entries(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of a safetensors file as they are stored, and the texts in its header."""
-    try:
-        _check_is_safetensors(path)
-        with safe_open(path, framework="pt") as file:  # which checks sizes and places
-            texts = file.metadata() or {}
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short: {error!s:.200}") from None
-    header.pop("__metadata__", None)
+    header, texts, first = read_tensor_header(path)
     entries = {}
     for key, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if LORA.search(key):
@@ -149,7 +127,7 @@ def _entries(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             raise ValueError(
                 f"{path}: {key:.200} must be one of {list(DTYPES)}, got {about['dtype']}"
             )
-        dtype, begin = DTYPES[about["dtype"]], 8 + length + about["data_offsets"][0]
+        dtype, begin = DTYPES[about["dtype"]], first + about["data_offsets"][0]
         entries[key] = Stored(path, key, tuple(about["shape"]), dtype, begin)
     return entries, texts
 
@@ -206,7 +184,7 @@ def stored_in_folder(folder: Path, stem: str = WEIGHTS) -> dict[str, Stored | Qu
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES)
     if not single.exists() and pickles:
         raise ValueError(f"{folder} holds only the pickle {pickles[0]}; .safetensors is needed")
-    check_link(single)
+    check_file(single)
     return read_header(single)
 
 
@@ -216,6 +194,7 @@ def _stored_in_shards(index: Path) -> dict[str, Stored | Quantised]:
     metadata = {}
     for shard in sorted(set(places.values())):
         path = index.parent / shard
+        check_file(path)
         if _is_gguf(path):
             raise ValueError(f"{path} must be a safetensors file, got GGUF")
         found, metadata[path] = _entries(path)
@@ -426,10 +405,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, pat
         name: tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
         for name, tensor in tensors.items()
     }
-    try:
-        save_file(ready, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path.parent} cannot be written: {error}") from None
+    write_tensors(path, ready, {"format": "pt"})
 
 
 def _save_folder(
@@ -453,18 +429,14 @@ def _save_folder(
     if len(shards) > 1:
         stems = [f"{WEIGHTS}-{i + 1:05d}-of-{len(shards):05d}" for i in range(len(shards))]
     files = {f"{stem}.safetensors": shard for stem, shard in zip(stems, shards, strict=True)}
-    writers: dict[str, Callable[[Path], None]] = {
-        file: partial(_write_tensors, shard, dtype) for file, shard in files.items()
-    }
-    if len(shards) > 1:
-        places = {name: file for file, shard in files.items() for name in shard}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        writers[INDEX] = partial(write_json, data=index)
-    writers["config.json"] = partial(write_json, data=config)
-    write_files(folder, writers)
-    for old in list(folder.iterdir()):  # of an earlier save in other pieces
-        if OWN_FILE.fullmatch(old.name) and old.name not in writers:
-            old.unlink()
+    with new_folder(folder, OWN_FILE) as unfinished:
+        for file, shard in files.items():
+            _write_tensors(shard, dtype, unfinished / file)
+        if len(shards) > 1:
+            places = {name: file for file, shard in files.items() for name in shard}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+            write_json(unfinished / INDEX, index)
+        write_json(unfinished / "config.json", config)
 
 
 def _save_single(kind: _Kind, model: nn.Module, path: Path, dtype: torch.dtype | None) -> None:
@@ -506,7 +478,7 @@ def save_flux(
     max_shard_size: int | str = "10GB",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Saves a transformer; the files appear whole or not at all.
+    """Saves a transformer, whole or not at all; what else a folder holds stays as it is.
 
     Args:
         model: the transformer.
@@ -599,6 +571,7 @@ def weights_hash(path: str | Path, replaced: Mapping[str, Path] | None = None) -
         raise ValueError(f"{path} holds no .safetensors file")
     total = hashlib.sha256()
     for label, file in labels.items():
+        check_file(file)
         if label != ".":
             total.update(label.encode())
         with open(file, "rb") as data:

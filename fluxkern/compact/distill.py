@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,9 +20,18 @@ from ..model.transformer import TIME_DIM, Flux
 from ..pipeline import FluxPipeline
 from .drawings import BASE, caption, draw, random_scene
 from .evaluate import adherence, to_tensor
-from .optimise import Gradients, save_tensors, workers
+from .optimise import Gradients, read_tensors, save_tensors, workers
 from .recipe import FewStepsStage
-from .train import JUDGED, Batches, Run, flow_loss, torch_chance, training_caption, velocity
+from .train import (
+    JUDGED,
+    Batches,
+    Run,
+    flow_loss,
+    in_half,
+    torch_chance,
+    training_caption,
+    velocity,
+)
 
 GUIDANCES = (1.0, 2.0, 3.5, 5.0)  # of the error of its velocity
 TOKENS = (BASE // 16) ** 2  # of a picture
@@ -39,8 +47,8 @@ class DistillRun(Run):
 
     command = "distill"
 
-    def __call__(self) -> Path:
-        """Goes through what is not finished yet; returns the folder of `dev` and `schnell`."""
+    def train(self) -> Path:
+        """Returns the folder of `dev` and `schnell`."""
         start = Path(self.recipe.start or self.folder / "weights")
         if not start.is_dir():
             first = "" if self.recipe.start else ": `fluxkern train flow` comes first"
@@ -51,7 +59,7 @@ class DistillRun(Run):
         schnell = self.train_few_steps(dev)
         for name, pipe in (("dev", dev), ("schnell", schnell)):
             if not (self.folder / name).exists():
-                pipe.to(dtype=torch.float16, device="cpu").save_pretrained(self.folder / name)
+                in_half(pipe).save_pretrained(self.folder / name)
         return self.folder
 
     def _encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -131,7 +139,7 @@ class DistillRun(Run):
             with ThreadPoolExecutor(workers(self.device)) as threads:
                 parts = list(tqdm(threads.map(followed, starts), "paths", len(starts)))
             save_tensors(file, {"places": torch.cat(parts)}, {})
-        return captions, load_file(file)["places"]
+        return captions, read_tensors(file)["places"]
 
 
 def frozen(flux: Flux, dtype: torch.dtype) -> Flux:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -13,12 +15,23 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._files import write_files
+from .._files import read_tensor_header, write_files, write_tensors
+
+
+class Diverged(RuntimeError):
+    """Training met a loss, a gradient or a weight that is not finite."""
+
+
+def check_finite(where: str, what: str, values: float | Iterable[Tensor]) -> None:
+    """Raises Diverged where a number, or one in tensors of one device, is not finite."""
+    if not isinstance(values, float):
+        values = float(torch.stack(torch._foreach_norm([t.detach() for t in values])).norm())
+    if not math.isfinite(values):
+        raise Diverged(f"{where}: the {what} is {values}")
 
 
 @dataclass
@@ -37,7 +50,7 @@ class Optimised:
     muon_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        self.step = 0
+        self.step, self.saved = 0, None
         self.mean = {name: p.detach().clone() for name, p in self.parameters.items()}
         rates, matrices = {"lr": self.learning_rate, "weight_decay": 0.01}, {}
         if self.muon_learning_rate is not None:
@@ -61,12 +74,19 @@ class Optimised:
             self._load()
 
     def update(self) -> None:
-        """One step down the parameters' gradients, which are then cleared."""
-        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        """One step down the parameters' gradients, which are then cleared.
+
+        Raises:
+            Diverged: a gradient is not finite, or after the step a parameter. What was saved before
+                stays; nothing can be saved any more.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.check("norm of the gradients", float(norm))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["highest"] * self._schedule()
         list(self.threads.map(lambda optimizer: optimizer.step(), reversed(self.optimizers)))
+        self.check("norm of the weights", self.parameters.values())
         for p in self.parameters.values():
             p.grad = None
         self.step += 1
@@ -75,6 +95,16 @@ class Optimised:
             torch._foreach_lerp_(
                 list(self.mean.values()), [p.detach() for p in self.parameters.values()], 1 - keep
             )
+
+    def check(self, what: str, values: float | Iterable[Tensor]) -> None:
+        """Raises Diverged, with the step and what the last state on the disk is."""
+        kept = "no state was saved"
+        if self.saved is not None:
+            kept = f"{self.path} holds the state after step {self.saved}"
+        try:
+            check_finite(f"{self.path.stem} stopped in step {self.step + 1}", what, values)
+        except Diverged as error:
+            raise Diverged(f"{error}; {kept}") from None
 
     def _schedule(self) -> float:
         left = (self.steps - self.step) / max(self.decay * self.steps, 1)
@@ -107,12 +137,12 @@ class Optimised:
                 for key, value in optimizer.state.get(p, {}).items():
                     tensors[f"{key}.{name}"] = torch.as_tensor(value).contiguous()
         save_tensors(self.path, tensors, {"step": str(self.step)})
+        self.saved = self.step
 
     def _load(self) -> None:
-        device = str(next(iter(self.parameters.values())).device)
-        tensors = load_file(self.path, device)
-        with safe_open(self.path, "pt") as file:
-            self.step = int(file.metadata()["step"])
+        device = next(iter(self.parameters.values())).device
+        self.step = self.saved = step_of(self.path)
+        tensors = read_tensors(self.path, device)
         self._assign({name: tensors[f"parameter.{name}"] for name in self.parameters})
         self.mean = {name: tensors[f"mean.{name}"] for name in self.parameters}
         for optimizer in self.optimizers:
@@ -126,8 +156,37 @@ class Optimised:
                         optimizer.state[p]["step"] = tensors[f"step.{name}"].cpu()
 
 
+class _Named(dict):
+    """The tensors of a file; one that it lacks is a ValueError."""
+
+    def __init__(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.path = path
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(f"{self.path} holds no {name}")
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a file that training wrote; a damaged one and one it lacks: ValueError."""
+    read_tensor_header(path)
+    return _Named(path, load_file(path, str(device)))
+
+
+def step_of(path: Path) -> int:
+    """The step after which a state was saved; ValueError where it is none."""
+    step = read_tensor_header(path)[1].get("step", "")
+    if not re.fullmatch(r"\d{1,9}", step):
+        raise ValueError(f"{path} is no state of a training")
+    return int(step)
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    write_files(path.parent, {path.name: lambda file: save_file(tensors, file, metadata)})
+    """Writes what training keeps; Diverged where a number of it is not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise Diverged(f"{path} is not written: {name} is not finite")
+    write_files(path.parent, {path.name: lambda file: write_tensors(file, tensors, metadata)})
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -10,6 +9,29 @@ from typing import TypeVar, get_type_hints
 
 FOLDER = Path(__file__).parent
 DTYPES = ("float32", "bfloat16")
+LIMIT = 2**20  # bytes of a recipe
+BOUNDS = {  # least and most of each number
+    "batch_size": (1, 4096),
+    "decay": (0, 1),
+    "dropped_captions": (0, 1),
+    "evaluate_every": (1, 10**7),
+    "fine": (0, 1e6),
+    "guidance": (0, 100),
+    "kl_weight": (0, 1e6),
+    "learning_rate": (0, 1e15),
+    "least": (1e-3, 100),  # the loss divides by it
+    "most": (1e-3, 100),
+    "muon_learning_rate": (0, 1e15),
+    "noise_mean": (-100, 100),
+    "noise_std": (0, 100),
+    "paths": (1, 10**5),
+    "pictures": (1, 2 * 10**5),
+    "seed": (0, 2**62 - 1),
+    "steps": (1, 10**7),
+    "student_steps": (1, 1000),
+    "teacher_steps": (1, 1000),
+}
+PLACES = 10**6  # of paths, 16 KiB each
 
 
 @dataclass(frozen=True)
@@ -94,6 +116,11 @@ class FewStepsStage:
                 f"student_steps must divide teacher_steps {self.teacher_steps}, "
                 f"got {self.student_steps}"
             )
+        if self.paths * (self.student_steps + 1) > PLACES:
+            raise ValueError(
+                f"paths times student_steps + 1 must be at most {PLACES}, "
+                f"got {self.paths} times {self.student_steps + 1}"
+            )
 
 
 @dataclass(frozen=True)
@@ -138,12 +165,16 @@ def read_recipe(kind: type[R], path: str | Path) -> R:
     """Reads a recipe.
 
     Raises:
-        ValueError: not TOML, or a field that is missing, unknown, of the wrong type or size.
+        ValueError: not TOML, or a field that is missing, unknown or out of bounds.
     """
+    with open(path, "rb") as file:
+        text = file.read(LIMIT + 1)
+    if len(text) > LIMIT:
+        raise ValueError(f"{path}: larger than {LIMIT} bytes")
     try:
-        data = tomllib.loads(Path(path).read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from None
+        data = tomllib.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a TOML file: {error!s:.200}") from None
     return _table(str(path), data, kind)
 
 
@@ -151,7 +182,7 @@ def _table(where: str, data: object, kind: type) -> object:
     names = {field.name for field in fields(kind)}
     if not isinstance(data, dict) or set(data) != names:
         found = sorted(data) if isinstance(data, dict) else data
-        raise ValueError(f"{where} must hold {sorted(names)}, got {found}")
+        raise ValueError(f"{where} must hold {sorted(names)}, got {found!s:.400}")
     types = get_type_hints(kind)
     values = {f.name: _value(where, f.name, data[f.name], types[f.name]) for f in fields(kind)}
     return kind(**values)
@@ -161,14 +192,13 @@ def _value(where: str, name: str, value: object, kind: type) -> object:
     if is_dataclass(kind):
         return _table(f"{where}, [{name}]", value, kind)
     if name == "dtype" and value not in DTYPES:
-        raise ValueError(f"{where}: {name} must be one of {sorted(DTYPES)}, got {value!r}")
+        raise ValueError(f"{where}: {name} must be one of {sorted(DTYPES)}, got {value!r:.80}")
     if kind is str:
-        good = isinstance(value, str)
+        good, wanted = isinstance(value, str), "a string"
     else:
-        numbers, low = (int, float) if kind is float else int, int(kind is int and name != "seed")
-        good = isinstance(value, numbers) and not isinstance(value, bool)
-        good = good and low <= value < math.inf
+        least, most = BOUNDS[name]
+        good = type(value) is int or (kind is float and type(value) is float)
+        good, wanted = good and least <= value <= most, f"{kind.__name__} from {least} to {most}"
     if not good:
-        wanted = "a string" if kind is str else f"{kind.__name__} >= {low}"
-        raise ValueError(f"{where}: {name} must be {wanted}, got {value!r}")
+        raise ValueError(f"{where}: {name} must be {wanted}, got {value!r:.80}")
     return kind(value)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .._files import new_folder, read_json
+from .._files import ALL, new_folder, read_json
 from ..pipeline import COMPACT_WEIGHTS, FluxPipeline
 
 SHARED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -99,7 +99,7 @@ def ship(run: Path, weights: Path, figures: dict[str, Any], machine: str) -> Non
             checkpoints that are too large together.
     """
     base = FluxPipeline.from_pretrained(run / "weights").to(dtype=torch.float16)
-    with new_folder(weights) as folder:
+    with new_folder(weights, ALL) as folder:
         base.save_pretrained(folder)
         (folder / "README.md").write_text(card("base", base, run, figures, machine))
         for name in STUDENTS:

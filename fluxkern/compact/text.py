@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import shutil
 import struct
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._files import ALL, new_folder
 from ..model.text_encoder import TextEncoder, save_encoder
 from .drawings import (
     COLOURS,
@@ -31,6 +29,7 @@ from .drawings import (
     caption,
     random_scene,
 )
+from .optimise import check_finite
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
@@ -76,8 +75,10 @@ def build_tokenizers(folder: str | Path) -> Tokenizers:
         What `load_tokenizers(folder)` returns.
     """
     words = _caption_words()
-    _replace_folder(Path(folder) / "tokenizer", lambda path: _write_clip_tokenizer(words, path))
-    _replace_folder(Path(folder) / "tokenizer_2", lambda path: _write_t5_tokenizer(words, path))
+    with new_folder(Path(folder) / "tokenizer", ALL) as path:
+        _write_clip_tokenizer(words, path)
+    with new_folder(Path(folder) / "tokenizer_2", ALL) as path:
+        _write_t5_tokenizer(words, path)
     return load_tokenizers(folder)
 
 
@@ -178,21 +179,6 @@ def _lower_case_map() -> bytes:
     return struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + strings
 
 
-def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside its place and move it there: a failure leaves the old one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        new = temporary / "new"
-        new.mkdir()
-        write(new)
-        if folder.exists():
-            os.replace(folder, temporary / "old")
-        os.replace(new, folder)
-    finally:
-        shutil.rmtree(temporary)
-
-
 # Encoders
 
 
@@ -263,9 +249,9 @@ def save_text(folder: str | Path, clip: CLIPTextModel, t5: T5EncoderModel) -> No
 
     The tensors have the names of FLUX.1's files whatever transformers calls the parameters.
     """
-    folder = Path(folder)
-    _replace_folder(folder / "text_encoder", lambda path: save_encoder(clip, path))
-    _replace_folder(folder / "text_encoder_2", lambda path: save_encoder(t5, path))
+    for name, encoder in (("text_encoder", clip), ("text_encoder_2", t5)):
+        with new_folder(Path(folder) / name, ALL) as path:
+            save_encoder(encoder, path)
 
 
 def load_text(folder: str | Path) -> tuple[CLIPTextModel, T5EncoderModel]:
@@ -367,6 +353,7 @@ def pretrain_encoders(
 
     Raises:
         ValueError: if steps or batch_size is below 1.
+        Diverged: a loss or a weight is not finite.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if value < 1:
@@ -389,10 +376,13 @@ def pretrain_encoders(
         loss = _loss(clip_logits, labels) + _loss(t5_logits, labels)
         optimizer.zero_grad()
         loss.backward()
+        check_finite(f"text stopped in step {step}", "loss", loss.item())
         for group in groups:  # the two encoders share nothing
             nn.utils.clip_grad_norm_(group, 1.0)
         optimizer.step()
         schedule.step()
+        for group in groups:
+            check_finite(f"text stopped in step {step}", "norm of the weights", group)
         if progress is not None:
             progress(step, loss.item())
     clip.eval(), t5.eval()

@@ -7,10 +7,13 @@ that was stopped and resumed is the run that was not.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,12 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._files import write_files, write_json
+from .._files import hold, read_json, write_files, write_json
 from ..checkpoint import load_autoencoder, load_flux
 from ..model.autoencoder import AutoEncoder, AutoEncoderConfig
 from ..model.sampling import ScheduleConfig, get_img_ids, get_txt_ids, pack
@@ -33,7 +34,15 @@ from ..pipeline import FluxPipeline
 from . import text
 from .drawings import BASE, Scene, caption, draw, random_scene
 from .evaluate import adherence, mean, reconstruction, to_tensor
-from .optimise import Gradients, Optimised, asked_to_stop, save_tensors
+from .optimise import (
+    Diverged,
+    Gradients,
+    Optimised,
+    asked_to_stop,
+    read_tensors,
+    save_tensors,
+    step_of,
+)
 from .recipe import FlowRecipe, FlowStage, GuidanceStage, VaeRecipe
 
 CROP = 64  # px
@@ -76,12 +85,28 @@ class Run:
     def _check_recipe(self) -> None:
         path = self.folder / f"{self.command}.json"
         now = asdict(self.recipe)
-        if path.exists() and (before := json.loads(path.read_text())) != now:
+        if path.exists() and (before := read_json(path)) != now:
             different = [name for name in now if before.get(name) != now[name]]
             raise ValueError(
                 f"{self.folder} holds a run of another recipe: {different[0]} is "
                 f"{before.get(different[0])} there, got {now[different[0]]}"
             )
+
+    def __call__(self) -> Path:
+        """Goes through what is not finished yet; returns where the result is.
+
+        Raises:
+            ValueError: another training writes to the folder, or what comes first is not there.
+            Diverged: a loss, a gradient or a weight is not finite.
+        """
+        with open(self.folder / "log.jsonl", "a") as log:
+            with suppress(OSError):  # not every file system has locks
+                if not hold(log.fileno()):
+                    raise ValueError(f"{self.folder}: another training writes there")
+            return self.train()
+
+    def train(self) -> Path:
+        raise NotImplementedError
 
     def keep_recipe(self) -> None:
         """What the folder holds from now on is a run of this recipe."""
@@ -89,8 +114,12 @@ class Run:
         write_files(path.parent, {path.name: lambda file: write_json(file, asdict(self.recipe))})
 
     def log(self, **values: object) -> None:
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({"time": round(time.time(), 1)} | values) + "\n")
+        line = json.dumps({"time": round(time.time(), 1)} | values) + "\n"
+        with open(self.folder / "log.jsonl", "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(line.encode()) != len(line):
+                file.truncate(end)  # no half a line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
     def chance(self, stage: str, step: int) -> np.random.Generator:
         return np.random.default_rng((self.recipe.seed, STREAMS[stage], step))
@@ -118,12 +147,14 @@ class Run:
         """The loop of every stage: saves the state now and then, logs, draws a sample sheet.
 
         `backward(step)` leaves the gradients of that step's loss in the parameters and returns it.
+        A loss, a gradient or a weight that is not finite is a Diverged; the saved state stays.
         """
         bar = tqdm(total=optimised.steps, initial=optimised.step, desc=stage, dynamic_ncols=True)
         saved, losses, figures = time.monotonic(), deque(maxlen=100), {}
         with bar, asked_to_stop() as asked:
             while optimised.step < optimised.steps:
                 losses.append(backward(optimised.step))
+                optimised.check("loss", losses[-1])
                 optimised.update()
                 bar.update()
                 done = optimised.step == optimised.steps
@@ -159,7 +190,7 @@ class Run:
                 with torch.no_grad():
                     parts.append(encode(to_tensor(np.stack(batch)).to(self.device)).cpu())
             save_tensors(path, {"latents": torch.cat(parts).contiguous()}, {})
-        return load_file(path)["latents"]
+        return read_tensors(path)["latents"]
 
 
 def torch_chance(rng: np.random.Generator) -> torch.Generator:
@@ -184,8 +215,8 @@ class VaeRun(Run):
 
     command = "vae"
 
-    def __call__(self) -> Path:
-        """Goes through what is not finished yet; returns the last state."""
+    def train(self) -> Path:
+        """Returns the last state."""
         latents = self.folder / "flow-latents.safetensors"
         if latents.exists() and not (self.folder / FIRST).exists():
             raise ValueError(f"{latents} is of another autoencoder")
@@ -271,8 +302,8 @@ class FlowRun(Run):
 
     command = "flow"
 
-    def __call__(self) -> Path:
-        """Goes through what is not finished yet; returns the folder of the weights."""
+    def train(self) -> Path:
+        """Returns the folder of the weights."""
         self.vae = self._new_vae().to(self.device)
         self.keep_recipe()
         self.train_text()
@@ -281,7 +312,7 @@ class FlowRun(Run):
         if not weights.exists():
             if (self.folder / FIRST).exists():
                 assign_mean(self.vae.decoder, self._finished("decoder"))
-            self.pipeline().to(dtype=torch.float16, device="cpu").save_pretrained(weights)
+            in_half(self.pipeline()).save_pretrained(weights)
         return weights
 
     def _new_vae(self) -> AutoEncoder:
@@ -300,11 +331,7 @@ class FlowRun(Run):
         for file in (path, recipe):
             if not file.exists():
                 raise ValueError(f"{file} is missing: `fluxkern train vae` comes first")
-        with safe_open(path, "pt") as state:
-            done, steps = (
-                int(state.metadata()["step"]),
-                json.loads(recipe.read_text())[stage]["steps"],
-            )
+        done, steps = step_of(path), read_json(recipe)[stage]["steps"]
         if done < steps:
             raise ValueError(f"{path}: `fluxkern train vae` did {done} of its {steps} steps")
         return path
@@ -450,14 +477,26 @@ def velocity(
 
 def assign_mean(module: nn.Module, path: Path) -> None:
     """Gives a module, in place, the running means of a state; a wrong shape is a ValueError."""
-    with safe_open(path, "pt") as file, torch.no_grad():
+    state = read_tensors(path)
+    with torch.no_grad():
         for name, parameter in module.named_parameters():
-            value = file.get_tensor(f"mean.{name}")
+            value = state[f"mean.{name}"]
             if value.shape != parameter.shape:
                 raise ValueError(
                     f"{path}: {name} must be {list(parameter.shape)}, got {list(value.shape)}"
                 )
             parameter.copy_(value)
+
+
+def in_half(pipe: FluxPipeline) -> FluxPipeline:
+    """The pipeline on the CPU in float16, as it is stored; Diverged where a weight is too large."""
+    pipe.to(dtype=torch.float16, device="cpu")
+    text = pipe.text_encoder
+    parts = {"transformer": pipe.transformer, "vae": pipe.vae, "CLIP": text.clip, "T5": text.t5}
+    for name, part in parts.items():
+        if not all(p.isfinite().all() for p in part.parameters()):
+            raise Diverged(f"the weights are not written: the {name} does not fit in float16")
+    return pipe
 
 
 def initialise(flux: Flux) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import textwrap
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -12,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._files import read_json, read_weight_map
+from .._files import check_file, read_json, read_tensor_header, read_weight_map, write_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 T5_LIMIT = 512
 CLIP_TYPE, T5_TYPE = "clip_text_model", "t5"  # model_type in a config.json
+TEXT_LIMIT = 2**20  # characters of a prompt
+TOKENIZER_LIMIT = 2**24  # bytes of a file; those of FLUX.1 have up to 4 million
+MAX_SIZE, MAX_LAYERS = 2**20, 256
+FLOATS = ("F64", "F32", "F16", "BF16")
 _CODE_CHOOSING_KEYS = (
     "auto_map",
     "trust_remote_code",
@@ -36,6 +43,47 @@ _FILE_CHOOSING_KEYS = (
     "fast_tokenizer_files",
     "transformers_weights",
 )
+
+
+_SIZE, _LAYERS, _SHARE = (int, 1, MAX_SIZE), (int, 1, MAX_LAYERS), (float, 0, 1)
+_ID = (int, 0, MAX_SIZE)
+_CLIP_FIELDS = {  # of config.json: type, least and most; what else stands there is not read
+    "attention_dropout": _SHARE,
+    "bos_token_id": _ID,
+    "eos_token_id": _ID,
+    "hidden_act": (str, 1, 32),
+    "hidden_size": _SIZE,
+    "initializer_factor": (float, 0, MAX_SIZE),
+    "initializer_range": (float, 0, MAX_SIZE),
+    "intermediate_size": _SIZE,
+    "layer_norm_eps": _SHARE,
+    "max_position_embeddings": _SIZE,
+    "num_attention_heads": _SIZE,
+    "num_hidden_layers": _LAYERS,
+    "pad_token_id": _ID,
+    "projection_dim": _SIZE,
+    "vocab_size": _SIZE,
+}
+_T5_FIELDS = {
+    "classifier_dropout": _SHARE,
+    "d_ff": _SIZE,
+    "d_kv": _SIZE,
+    "d_model": _SIZE,
+    "dropout_rate": _SHARE,
+    "eos_token_id": _ID,
+    "feed_forward_proj": (str, 1, 32),
+    "initializer_factor": (float, 0, MAX_SIZE),
+    "layer_norm_epsilon": _SHARE,
+    "num_decoder_layers": (int, 0, MAX_LAYERS),
+    "num_heads": _SIZE,
+    "num_layers": _LAYERS,
+    "pad_token_id": _ID,
+    "relative_attention_max_distance": _SIZE,
+    "relative_attention_num_buckets": (int, 4, 4096),
+    "tie_word_embeddings": (bool, 0, 1),
+    "vocab_size": _SIZE,
+}
+_ALSO_STORED = {"embeddings.position_ids", "encoder.embed_tokens.weight"}  # by older writers
 
 
 class TextEncoder:
@@ -68,6 +116,10 @@ class TextEncoder:
     def max_sequence_length(self) -> int:
         """T5 length the checkpoint was made for, at most 512."""
         return min(self.t5_tokenizer.model_max_length, T5_LIMIT)
+
+    @property
+    def _clip_length(self) -> int:
+        return min(self.clip_tokenizer.model_max_length, self.clip.config.max_position_embeddings)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -103,8 +155,8 @@ class TextEncoder:
             vec [B, vec], CLIP's pooled output. Both in their encoder's dtype.
 
         Raises:
-            ValueError: a prompt that is not valid text, lists of different length or a
-                `max_sequence_length` out of bounds.
+            ValueError: a prompt that is not valid text or too long, lists of different length, a
+                `max_sequence_length` out of bounds, or a tokenizer that does not fit its encoder.
 
         Source: diffusers `FluxPipeline.encode_prompt`.
         """
@@ -116,10 +168,8 @@ class TextEncoder:
             raise ValueError(f"prompt_2: {len(prompt_2)} texts for {len(prompt)} of prompt")
         if not 1 <= length <= T5_LIMIT:
             raise ValueError(f"max_sequence_length must be from 1 to {T5_LIMIT}, got {length}")
-        clip_ids = _tokenize(
-            self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length, "CLIP"
-        )
-        t5_ids = _tokenize(self.t5_tokenizer, prompt_2, length, "T5")
+        clip_ids = _tokenize(self.clip_tokenizer, prompt, self._clip_length, "CLIP", self.clip)
+        t5_ids = _tokenize(self.t5_tokenizer, prompt_2, length, "T5", self.t5)
         vec = self.clip(clip_ids.to(self.clip.device)).pooler_output
         txt = self.t5(t5_ids.to(self.t5.device)).last_hidden_state
         return txt, vec
@@ -147,19 +197,26 @@ class TextEncoder:
             The text encoder.
 
         Raises:
-            ValueError: a part is absent, is another kind of model, has missing, unexpected or
-                mis-shaped tensors, or asks for code or files of its own.
+            ValueError: a part is absent, is another kind of model, has numbers out of bounds,
+                missing, unexpected or mis-shaped tensors, or a tokenizer that does not fit the
+                encoder, or asks for code or files of its own. No memory is taken for it then.
         """
-        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+        from transformers import CLIPTokenizer, T5TokenizerFast
 
         folder = Path(folder)
-        clip_tokenizer = _load_tokenizer(CLIPTokenizer, folder / "tokenizer")
-        t5_tokenizer = _load_tokenizer(T5TokenizerFast, folder / "tokenizer_2")
         if clip is None:
-            clip = _load_model(CLIPTextModel, CLIP_TYPE, folder / "text_encoder", dtype)
+            clip = _compared("text_encoder", folder / "text_encoder")
         if t5 is None:
-            t5 = _load_model(T5EncoderModel, T5_TYPE, folder / "text_encoder_2", dtype)
-        return cls(clip, clip_tokenizer, t5, t5_tokenizer).to(device)
+            t5 = _compared("text_encoder_2", folder / "text_encoder_2")
+        tokenizers = (
+            _load_tokenizer(CLIPTokenizer, folder / "tokenizer", clip.config, "BPE"),
+            _load_tokenizer(T5TokenizerFast, folder / "tokenizer_2", t5.config, "Unigram"),
+        )
+        if clip.device.type == "meta":
+            clip = _filled(clip, folder / "text_encoder", dtype)
+        if t5.device.type == "meta":
+            t5 = _filled(t5, folder / "text_encoder_2", dtype)
+        return cls(clip, tokenizers[0], t5, tokenizers[1]).to(device)
 
     def save(self, folder: str | Path) -> None:
         """Write the four parts as subfolders of a diffusers folder.
@@ -168,8 +225,8 @@ class TextEncoder:
             folder: holds the parts afterwards.
         """
         folder = Path(folder)
-        self.clip_tokenizer.save_pretrained(folder / "tokenizer")
-        self.t5_tokenizer.save_pretrained(folder / "tokenizer_2")
+        _save_tokenizer(self.clip_tokenizer, folder / "tokenizer")
+        _save_tokenizer(self.t5_tokenizer, folder / "tokenizer_2")
         save_encoder(self.clip, folder / "text_encoder")
         save_encoder(self.t5, folder / "text_encoder_2")
 
@@ -182,17 +239,12 @@ def empty_encoder(part: str, folder: Path) -> CLIPTextModel | T5EncoderModel:
         folder: whose config.json has its sizes.
 
     Raises:
-        ValueError: no such config, one of another kind of model, or one that asks for code.
+        ValueError: no such config, one of another kind of model, with numbers out of bounds, or
+            that asks for code.
     """
-    from transformers import CLIPTextModel, T5EncoderModel
-
-    is_clip = part == "text_encoder"
-    kind, model_type = (CLIPTextModel, CLIP_TYPE) if is_clip else (T5EncoderModel, T5_TYPE)
-    config = read_json(folder / "config.json")
-    config.pop("quantization_config", None)  # who reads the weights sees what they are
-    _check_config(folder / "config.json", config, model_type)
-    with torch.device("meta"):
-        return _with_short_errors(folder, lambda: kind(kind.config_class.from_dict(config)))
+    data = read_json(folder / "config.json")
+    data.pop("quantization_config", None)  # who reads the weights sees what they are
+    return _empty(part, folder, data)
 
 
 def save_encoder(encoder: Any, folder: Path) -> None:
@@ -204,8 +256,6 @@ def save_encoder(encoder: Any, folder: Path) -> None:
         encoder: a CLIPTextModel or a T5EncoderModel.
         folder: made where it is not there.
     """
-    from safetensors.torch import save_file
-
     prefix = "text_model." if encoder.config.model_type == "clip_text_model" else ""
     config = copy.deepcopy(encoder.config)
     config.architectures = [type(encoder).__name__]
@@ -215,7 +265,7 @@ def save_encoder(encoder: Any, folder: Path) -> None:
         prefix + name.removeprefix(prefix): parameter.detach().cpu().contiguous()
         for name, parameter in encoder.named_parameters()  # T5's tied embedding once: shared.weight
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
 def check_texts(name: str, texts: object) -> None:
@@ -226,13 +276,16 @@ def check_texts(name: str, texts: object) -> None:
         texts: should be a list of str.
 
     Raises:
-        ValueError: not a list, an empty list, an item that is not str or holds lone surrogates.
+        ValueError: not a list, an empty list, an item that is not str, has more than 2**20
+            characters, or holds lone surrogates.
     """
     if not isinstance(texts, list) or not texts:
         raise ValueError(f"{name} must be a list of at least one text, got {texts!r:.80}")
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"{name} must be text, got {type(text).__name__}")
+        if len(text) > TEXT_LIMIT:
+            raise ValueError(f"{name} must have at most {TEXT_LIMIT} characters, got {len(text)}")
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -242,61 +295,253 @@ def check_texts(name: str, texts: object) -> None:
 _TOKENIZING = Lock()  # a call sets padding and truncation on the tokenizer, for all threads
 
 
-def _tokenize(tokenizer: Any, texts: list[str], limit: int, name: str) -> Tensor:
-    with _TOKENIZING:
+def _tokenize(tokenizer: Any, texts: list[str], limit: int, name: str, encoder: Any) -> Tensor:
+    with _TOKENIZING, _short_errors(f"{name}'s tokenizer fails"):
         whole = tokenizer(texts, verbose=False).input_ids
         padded = tokenizer(
             texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        ).input_ids
+    rows = encoder.get_input_embeddings().num_embeddings
+    if padded.max() >= rows:
+        raise ValueError(
+            f"{name}'s tokenizer gives the token {padded.max()}, its encoder has {rows}"
         )
     for ids in whole:
         if len(ids) > limit:
             # the last token kept is the end mark, so the cut begins one earlier
-            cut = textwrap.shorten(tokenizer.decode(ids[limit - 1 : -1]), 400, placeholder=" ...")
+            lost = tokenizer.decode(ids[limit - 1 : -1][:500])
+            cut = textwrap.shorten(lost[:2000], 400, placeholder=" ...")
             warnings.warn(
                 f"{name} reads {limit} tokens and the prompt has {len(ids)}; this was cut: {cut!r}",
                 stacklevel=4,
             )
-    return padded.input_ids  # [B, limit]
+    return padded  # [B, limit]
 
 
-def _load_tokenizer(kind: type, folder: Path) -> Any:
-    path = folder / "tokenizer_config.json"
-    _check_config(path, read_json(path))
-    return _with_short_errors(folder, kind.from_pretrained, folder, local_files_only=True)
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer as it was loaded: the last call's padding is no part of it."""
+    backend = tokenizer.backend_tokenizer
+    with _TOKENIZING:
+        backend.no_truncation()
+        backend.no_padding()
+        try:
+            tokenizer.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # the library's own for a full disk
+            raise OSError(f"{folder} cannot be written: {error}") from None
 
 
-def _load_model(kind: type, model_type: str, folder: Path, dtype: torch.dtype) -> Any:
-    _check_config(folder / "config.json", read_json(folder / "config.json"), model_type)
+# loading
+
+
+def _load_tokenizer(kind: type, folder: Path, config: Any, model: str) -> Any:
+    data = read_json(folder / "tokenizer_config.json")
+    _check_config(folder / "tokenizer_config.json", data)
+    most = getattr(config, "max_position_embeddings", None)
+    _check_number(folder, data, "model_max_length", (int, 3 if most else 1, most or 10**40))
+    _check_number(folder, {"extra_ids": 0} | data, "extra_ids", (int, 0, 1000))
+    _check_tokenizer_files(folder, model)
+    with _short_errors(f"{folder}: cannot be loaded"):
+        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        ids = tokenizer("a").input_ids
+    _check_tokenizer(folder, tokenizer, config, ids)
+    return tokenizer
+
+
+def _check_tokenizer_files(folder: Path, model: str) -> None:
+    for path in folder.iterdir():
+        check_file(path)
+        if path.stat().st_size > TOKENIZER_LIMIT:
+            raise ValueError(f"{path}: larger than {TOKENIZER_LIMIT} bytes")
+    names = ("vocab.json", "merges.txt")
+    if (folder / "tokenizer.json").exists():
+        _check_tokenizer_json(folder / "tokenizer.json", model)
+    elif model != "BPE" or not all((folder / name).exists() for name in names):
+        other = f", nor {' and '.join(names)}" if model == "BPE" else ""
+        raise ValueError(f"{folder}: has no tokenizer.json{other}")
+
+
+def _check_tokenizer_json(path: Path, kind: str) -> None:
+    """Refuse what transformers would read as an empty vocabulary, and maps that do not end."""
+    data = read_json(path, TOKENIZER_LIMIT)
+    model = data.get("model")
+    if not isinstance(model, dict) or model.get("type", kind) != kind:
+        raise ValueError(f"{path}: model must be {kind}")
+    wanted = {"vocab": dict, "merges": list} if kind == "BPE" else {"vocab": list}
+    for name, container in wanted.items():
+        if not isinstance(model.get(name), container) or not model[name]:
+            raise ValueError(f"{path}: the model has no {name}")
+    if kind == "Unigram" and not all(_is_piece(piece) for piece in model["vocab"]):
+        raise ValueError(f"{path}: the vocab must be pairs of a text and a finite number")
+    normalizer = data.get("normalizer")
+    normalizers = normalizer.get("normalizers", []) if isinstance(normalizer, dict) else []
+    for part in (normalizer, *normalizers):
+        if isinstance(part, dict) and "precompiled_charsmap" in part:
+            _check_map(path, part["precompiled_charsmap"])
+
+
+def _is_piece(piece: object) -> bool:
+    return (
+        isinstance(piece, list)
+        and len(piece) == 2
+        and isinstance(piece[0], str)
+        and type(piece[1]) in (int, float)
+        and abs(piece[1]) < 1e6
+    )
+
+
+def _check_map(path: Path, text: object) -> None:
+    """SentencePiece's map of characters: bytes of a trie, the trie, texts that end in 0."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (TypeError, ValueError):
+        data = b""
+    size = int.from_bytes(data[:4], "little")
+    texts = data[4 + size :]
+    if size < 4 or size % 4 or texts[-1:] != b"\0" or max(map(len, texts.split(b"\0"))) > 255:
+        raise ValueError(f"{path}: the precompiled_charsmap is damaged")
+
+
+def _check_tokenizer(folder: Path, tokenizer: Any, config: Any, ids: list[int]) -> None:
+    """Refuse a tokenizer whose tokens mean something else to its encoder, or nothing."""
+    top, rows = max(tokenizer.get_vocab().values()), config.vocab_size
+    if max(top, *ids) >= rows:
+        raise ValueError(f"{folder}: has tokens up to {max(top, *ids)}, its encoder has {rows}")
+    clip, eos = config.model_type == "clip_text_model", tokenizer.eos_token_id
+    marks = [tokenizer.bos_token_id, eos] if clip else [eos]
+    if ids[-1] != eos or (clip and ids[0] != marks[0]) or len(ids) <= len(marks):
+        raise ValueError(f"{folder}: must put {marks} around a text, got {ids} for 'a'")
+    if tokenizer.unk_token_id in (None, *ids[clip:-1]):
+        raise ValueError(f"{folder}: knows no letters, or has no token for what it does not know")
+    end = top if clip and config.eos_token_id == 2 else config.eos_token_id  # 2: as CLIP had it
+    if clip and config.eos_token_id != 2 and tokenizer.bos_token_id != config.bos_token_id:
+        raise ValueError(
+            f"{folder}: its first mark is the token {tokenizer.bos_token_id}, "
+            f"that of its encoder {config.bos_token_id}"
+        )
+    if eos != end:
+        raise ValueError(f"{folder}: its end mark is the token {eos}, that of its encoder {end}")
+    if tokenizer.pad_token_id is None or not clip and tokenizer.pad_token_id != config.pad_token_id:
+        raise ValueError(
+            f"{folder}: its padding is the token {tokenizer.pad_token_id}, "
+            f"that of its encoder {config.pad_token_id}"
+        )
+
+
+def _compared(part: str, folder: Path) -> Any:
+    """A model without memory, all of whose tensors are in the folder's files, in their shapes."""
+    model = _empty(part, folder, read_json(folder / "config.json"))
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder}: holds an adapter, which fluxkern does not load")
-    for index in sorted(folder.glob("*.index.json")):
-        read_weight_map(index)  # transformers would follow any path in it
-    model, report = _with_short_errors(
-        folder,
-        kind.from_pretrained,
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # the report below names them
+    _compare(folder, model, _stored(folder))
+    return model
+
+
+def _empty(part: str, folder: Path, data: dict[str, Any]) -> Any:
+    from transformers import CLIPTextModel, T5EncoderModel
+
+    kind, model_type, fields = (
+        (CLIPTextModel, CLIP_TYPE, _CLIP_FIELDS)
+        if part == "text_encoder"
+        else (T5EncoderModel, T5_TYPE, _T5_FIELDS)
     )
-    for fault in ("missing", "unexpected", "mismatched"):
-        names = sorted(map(str, report[f"{fault}_keys"]))
+    _check_config(folder / "config.json", data, model_type)
+    known = {name: data[name] for name in fields if data.get(name) is not None}
+    for name in known:
+        _check_number(folder, known, name, fields[name])
+    with _short_errors(f"{folder}: cannot be loaded"):
+        config = kind.config_class(**known)
+    if model_type == T5_TYPE:
+        _check_buckets(folder, config)
+    elif config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{folder}: num_attention_heads must divide hidden_size {config.hidden_size}, "
+            f"got {config.num_attention_heads}"
+        )
+    with _short_errors(f"{folder}: cannot be loaded"), torch.device("meta"):
+        return kind(config)
+
+
+def _check_buckets(folder: Path, config: Any) -> None:
+    """Half of the buckets of either direction are exact distances, the others lie beyond."""
+    exact, most = config.relative_attention_num_buckets // 4, config.relative_attention_max_distance
+    if most <= exact:
+        raise ValueError(
+            f"{folder}: relative_attention_max_distance must be above {exact}, got {most}"
+        )
+
+
+def _check_number(folder: Path, data: dict[str, Any], name: str, bounds: tuple) -> None:
+    kind, least, most = bounds
+    value = data.get(name)
+    good = type(value) is kind or kind is float and type(value) is int
+    if not good or not least <= (len(value) if kind is str else value) <= most:
+        what = "a text of" if kind is str else f"{kind.__name__} from"
+        raise ValueError(f"{folder}: {name} must be {what} {least} to {most}, got {value!r:.80}")
+
+
+def _stored(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the files that transformers will read hold: name -> shape and dtype, of the header."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        check_file(single)
+        return read_tensor_header(single)[0]
+    places, found = read_weight_map(index), {}
+    for shard in sorted(set(places.values())):
+        check_file(folder / shard)
+        held, *_ = read_tensor_header(folder / shard)
+        if {name for name, file in places.items() if file == shard} != held.keys():
+            raise ValueError(f"{folder / shard}: holds other tensors than the index says")
+        found |= held
+    return found
+
+
+def _compare(folder: Path, model: Any, stored: dict[str, dict[str, Any]]) -> None:
+    shapes = {_bare(name): list(p.shape) for name, p in model.named_parameters()}
+    found = {_bare(name): about for name, about in stored.items()}
+    found = {name: about for name, about in found.items() if name not in _ALSO_STORED}
+    faults = {
+        "missing": shapes.keys() - found.keys(),
+        "unexpected": found.keys() - shapes.keys(),
+        "mismatched": {n for n in shapes.keys() & found.keys() if found[n]["shape"] != shapes[n]},
+        "quantised": {n for n in found if found[n]["dtype"] not in FLOATS},
+    }
+    for fault, names in faults.items():
         if names:
-            raise ValueError(f"{folder}: {len(names)} {fault} tensors: {', '.join(names[:8])}")
+            listed = ", ".join(f"{name:.200}" for name in sorted(names)[:8])
+            raise ValueError(f"{folder}: {len(names)} {fault} tensors: {listed}")
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("text_model.")
+
+
+def _filled(model: Any, folder: Path, dtype: torch.dtype) -> Any:
+    with _short_errors(f"{folder}: cannot be loaded"):
+        model, report = type(model).from_pretrained(
+            folder,
+            config=model.config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"without {sorted(report['missing_keys'])[:8]}")
     return model.requires_grad_(False)
 
 
-def _with_short_errors(folder: Path, load: Any, *args: Any, **options: Any) -> Any:
-    """Turn whatever transformers and safetensors raise for a bad folder into one line."""
+@contextmanager
+def _short_errors(what: str) -> Iterator[None]:
+    """Turn whatever transformers, safetensors and tokenizers raise into one line."""
     try:
-        return load(*args, **options)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{folder}: cannot be loaded: {type(error).__name__}: {reason[:300]}"
-        ) from error
+        yield
+    except BaseException as error:  # a panic in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error)[:1000].split())
+        raise ValueError(f"{what}: {type(error).__name__}: {reason[:300]}") from error
 
 
 def _check_config(path: Path, config: dict[str, Any], model_type: str | None = None) -> None:
