@@ -6,10 +6,10 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, SupportsIndex
 
@@ -51,6 +51,33 @@ class FluxPipelineOutput:
     """What a pipeline returns: the pictures, one after another for each prompt."""
 
     images: list[Image] | np.ndarray | Tensor
+
+
+@dataclass(eq=False)
+class _Call:
+    """A running call of a pipeline; `outer` is the one whose callback made it."""
+
+    pipeline: FluxPipeline
+    outer: _Call | None
+    stop: bool = False
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)  # the innermost
+
+
+def _as_a_call(method: Callable) -> Callable:
+    @wraps(method)
+    def called(self: FluxPipeline, *args: object, **options: object) -> object:
+        call = _Call(self, _CALL.get())
+        token = _CALL.set(call)
+        self._calls.append(call)
+        try:
+            return method(self, *args, **options)
+        finally:
+            self._calls.remove(call)
+            _CALL.reset(token)
+
+    return called
 
 
 class FluxPipeline:
@@ -100,7 +127,7 @@ class FluxPipeline:
         for name, (found, wanted) in fits.items():
             if found != wanted:
                 raise ValueError(f"{name} must be {wanted}, got {found}")
-        check_size("default_size", self.default_size)
+        self.default_size = check_size("default_size", self.default_size)
 
     @classmethod
     def from_pretrained(
@@ -217,17 +244,6 @@ class FluxPipeline:
             call = call.outer
         return list(self._calls) if call is None else [call]
 
-    @contextmanager
-    def _call(self) -> Iterator[_Call]:
-        call = _Call(self, _CALL.get())
-        token = _CALL.set(call)
-        self._calls.append(call)
-        try:
-            yield call
-        finally:
-            self._calls.remove(call)
-            _CALL.reset(token)
-
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> FluxPipeline:
@@ -269,6 +285,7 @@ class FluxPipeline:
             self._t5_home = device
 
     @torch.no_grad()
+    @_as_a_call
     def __call__(
         self,
         prompt: Texts = None,
@@ -384,7 +401,7 @@ class FluxPipeline:
             warnings.warn(
                 "negative_prompt has no effect without true_cfg_scale above 1, "
                 f"got {true_cfg_scale}",
-                stacklevel=3,
+                stacklevel=4,
             )
 
         self._make_room(height, width, cond, uncond is not None)
@@ -404,8 +421,8 @@ class FluxPipeline:
         levels = sampling.get_schedule(num_inference_steps, len(img_ids), self.schedule, sigmas)
 
         # 5. Denoise
+        call = _CALL.get()
         with (
-            self._call() as call,
             adapters_scaled(lora_scale, self.transformer),
             _progress_bar(num_inference_steps, progress) as bar,
         ):
@@ -416,18 +433,20 @@ class FluxPipeline:
                 step.stop = call.stop
                 bar.update()
 
-            latents = sampling.denoise(
-                self.transformer,
-                latents,
-                img_ids,
-                cond,
-                levels,
-                guidance_scale=guidance_scale if self.transformer.config.guidance_embed else None,
-                uncond=uncond,
-                true_cfg_scale=true_cfg_scale,
-                release_modulation=release_modulation,
-                on_step=on_step,
-            )
+            if not call.stop:
+                embedded = self.transformer.config.guidance_embed
+                latents = sampling.denoise(
+                    self.transformer,
+                    latents,
+                    img_ids,
+                    cond,
+                    levels,
+                    guidance_scale=guidance_scale if embedded else None,
+                    uncond=uncond,
+                    true_cfg_scale=true_cfg_scale,
+                    release_modulation=release_modulation,
+                    on_step=on_step,
+                )
 
         # 6. Decode
         if output_type == "latent":
@@ -470,18 +489,6 @@ class FluxPipeline:
         step.img = tensors["latents"]
         if tensors["prompt_embeds"] is not step.cond.txt:
             step.cond = Conditioning(tensors["prompt_embeds"], step.cond.vec)
-
-
-@dataclass
-class _Call:
-    """A running call of a pipeline; `outer` is the one whose callback made it."""
-
-    pipeline: FluxPipeline
-    outer: _Call | None
-    stop: bool = False
-
-
-_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
 
 
 @dataclass(frozen=True)
@@ -648,7 +655,7 @@ def _to_output(x: Tensor, output_type: str) -> list[Image] | np.ndarray | Tensor
     from PIL import Image
 
     if not x.isfinite().all():
-        warnings.warn("the picture has values that are not finite: shown black", stacklevel=4)
+        warnings.warn("the picture has values that are not finite: shown black", stacklevel=5)
         x = x.nan_to_num(nan=-1.0)
     x = (x * 0.5 + 0.5).clamp(0, 1)
     if output_type == "pt":

@@ -258,6 +258,19 @@ def test_gradients_of_an_adapter_agree_with_those_of_diffusers():
                 assert distance(a.grad, b.grad) <= 1e-4
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_an_adapted_model_compiles_without_a_break(gradients: bool, autocast: bool):
+    torch._dynamo.reset()
+    model, args = adapted().eval(), inputs(TINY)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    on = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with torch.set_grad_enabled(gradients), on:
+        found, expected = compiled(**args), model(**args)
+    assert found.requires_grad == gradients
+    assert distance(found.detach(), expected.detach()) <= (2e-2 if autocast else 1e-5)
+
+
 # offload and casting
 
 

@@ -217,6 +217,19 @@ def test_a_lora_has_its_scale_for_one_call(folder: Path, pipe: FluxPipeline):
     assert torch.equal(scaled(None), whole)
 
 
+def test_a_pipeline_takes_a_transformer_that_peft_wraps(pipe: FluxPipeline):
+    peft = pytest.importorskip("peft")
+    plain = draw(pipe, PROMPT, generator=seeded())
+    config = peft.LoraConfig(r=4, target_modules=["qkv", "linear2"], init_lora_weights=False)
+    pipe.transformer = peft.get_peft_model(pipe.transformer, config)
+    styled = draw(pipe, PROMPT, generator=seeded())
+    assert distance(styled, plain) > 1e-4
+    assert sum(site.runs == "called" for site in explain(pipe)) == 2 + 2
+    pipe.transformer = pipe.transformer.merge_and_unload()
+    assert distance(draw(pipe, PROMPT, generator=seeded()), styled) <= 1e-5
+    assert not any(site.runs == "called" for site in explain(pipe))
+
+
 def sequential_offload(pipe: FluxPipeline) -> None:
     accelerate = pytest.importorskip("accelerate")
     for model in (pipe.transformer, pipe.vae):
@@ -363,6 +376,37 @@ def test_an_interrupt_from_outside_ends_what_runs_and_nothing_later(pipe: FluxPi
     setattr(pipe, name, True)  # nothing runs
     draw(pipe, PROMPT, callback_on_step_end=lambda *_: steps.append(1), **asked)
     assert steps == [0, 1, 1, 1]
+
+
+def test_an_interrupt_while_the_prompt_is_read_ends_the_call_before_its_first_step(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+):
+    encode, steps = pipe.text_encoder.encode, []
+
+    def stopped(*args: object) -> tuple[Tensor, Tensor]:
+        thread = threading.Thread(target=setattr, args=(pipe, "interrupt", True))
+        thread.start()
+        thread.join()
+        return encode(*args)
+
+    monkeypatch.setattr(pipe.text_encoder, "encode", stopped)
+    draw(pipe, PROMPT, callback_on_step_end=lambda *_: steps.append(1))
+    assert not steps
+
+
+@pytest.mark.parametrize("options", [{"negative_prompt": "blue"}, {"latents": torch.nan}])
+def test_a_warning_names_the_line_that_called(pipe: FluxPipeline, options: dict):
+    if "latents" in options:
+        options = {"latents": torch.full((1, 6, 64), torch.nan)}
+    with pytest.warns(UserWarning) as said:
+        pipe(PROMPT, height=32, width=48, num_inference_steps=1, progress=False, **options)
+    assert {warning.filename for warning in said} == {__file__}
+
+
+def test_a_pipeline_of_numpys_sizes_is_saved(pipe: FluxPipeline, tmp_path: Path):
+    parts = pipe.transformer, pipe.vae, pipe.text_encoder, pipe.schedule
+    FluxPipeline(*parts, default_size=np.int64(32)).save_pretrained(tmp_path / "flux")
+    assert FluxPipeline.from_pretrained(tmp_path / "flux").default_size == 32
 
 
 def test_a_call_within_a_callback_is_a_call_of_its_own(pipe: FluxPipeline):

@@ -129,7 +129,11 @@ class StepGraphs:
             return False
         tokens = img.shape[1] + txt.shape[1]
         wanted = self.wanted is True or gains(self.model, img.shape[0], tokens)
-        return wanted and autocast_dtype(img) is None and not must_be_called(self.model)
+        return wanted and autocast_dtype(img) is None and not self._must_be_called
+
+    @cached_property
+    def _must_be_called(self) -> bool:
+        return must_be_called(self.model)
 
     def run(
         self,

@@ -494,7 +494,8 @@ class LastLayer(nn.Module):
 
 def _moved(t: Tensor, device: torch.device) -> Tensor:
     if t.is_cuda and device.type == "cpu":
-        return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+        pinned = torch.empty(t.shape, dtype=t.dtype, device=device, pin_memory=True)
+        return pinned.copy_(t, non_blocking=True)
     return t.to(device, non_blocking=device.type == "cuda" and t.is_pinned())
 
 
@@ -624,8 +625,8 @@ class Flux(nn.Module):
         for block, layer in self._modulations():
             if not hooked(block) and not any(p.is_meta for p in layer.parameters()):
                 layer._apply(lambda t: _moved(t, device))
-        if device.type == "cpu" and self.img_in.weight.is_cuda:
-            torch.cuda.synchronize(self.img_in.weight.device)  # before the host reads the copies
+        if device.type == "cpu" and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # before the host reads the copies
 
     def places(self) -> Places:
         return {name: ("linear", getattr(self, name)) for name in ("img_in", "txt_in")}
