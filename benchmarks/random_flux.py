@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxkern.model.int8 import COMFY_NOTE, block_linears
+from fluxkern.model.int8 import block_linears
 from fluxkern.model.transformer import CONFIGS, Flux
 
+COMFY_NOTE = b'{"format": "int8_tensorwise"}'
 SPREAD = 0.02  # of the weights, about that of FLUX.1
 CODES = {torch.int8: "I8", torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
 Header = dict[str, dict[str, object]]

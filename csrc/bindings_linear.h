@@ -66,9 +66,12 @@ void check_int8_weight(const Tensor& x, const Tensor& weight, const Tensor& weig
 
 void run_linear_int8(const Tensor& out, const Tensor& x, const Tensor& weight,
                      const Tensor& weight_scale, const std::optional<Tensor>& bias,
-                     const std::optional<std::string>& activation, bool add) {
+                     const std::optional<std::string>& activation, bool add,
+                     int64_t rotation) {
     STD_TORCH_CHECK(x.dim() >= 1, "x must have an axis");
     check_int8_weight(x, weight, weight_scale);
+    STD_TORCH_CHECK(is_rotation(rotation, x.size(x.dim() - 1)),
+                    "rotation must be 0 or a power of 4 that divides K, got ", rotation);
     check_linear(out, x, weight.size(0), bias, activation);
     if (x.numel() == 0 || out.numel() == 0) return;
     const auto flat = flattened({&x, &out});
@@ -78,29 +81,30 @@ void run_linear_int8(const Tensor& out, const Tensor& x, const Tensor& weight,
                                     Rows{weight.data_ptr(), weight.stride(0)},
                                     static_cast<const float*>(weight_scale.data_ptr()),
                                     bias ? bias->data_ptr() : nullptr, activation.has_value(), add,
-                                    flat.tokens[1], sizes, context);
+                                    rotation, flat.tokens[1], sizes, context);
     });
 }
 
 void linear_int8(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                  std::optional<Tensor> bias, std::optional<std::string> activation,
-                 const Tensor& out) {
-    run_linear_int8(out, x, weight, weight_scale, bias, activation, false);
+                 int64_t rotation, const Tensor& out) {
+    run_linear_int8(out, x, weight, weight_scale, bias, activation, false, rotation);
 }
 
 void linear_int8_(const Tensor& out, const Tensor& x, const Tensor& weight,
                   const Tensor& weight_scale, std::optional<Tensor> bias,
-                  std::optional<std::string> activation, bool add) {
-    run_linear_int8(out, x, weight, weight_scale, bias, activation, add);
+                  std::optional<std::string> activation, bool add, int64_t rotation) {
+    run_linear_int8(out, x, weight, weight_scale, bias, activation, add, rotation);
 }
 
 const Op LINEAR_INT8_OPS[] = {
     {"linear_int8",
-     "Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, Tensor(a!) out",
+     "Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, int rotation, "
+     "Tensor(a!) out",
      TORCH_BOX(&linear_int8)},
     {"linear_int8_",
      "Tensor(a!) out, Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, "
-     "str? activation, bool add",
+     "str? activation, bool add, int rotation",
      TORCH_BOX(&linear_int8_)},
 };
 

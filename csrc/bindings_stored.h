@@ -3,6 +3,7 @@
 #pragma once
 
 #include "bindings.h"
+#include "matrices.h"
 #include "stored.h"
 
 namespace fluxkern::bindings {
@@ -40,11 +41,6 @@ const float* floats(const char* name, const Tensor& t) {
     return static_cast<const float*>(t.data_ptr());
 }
 
-bool is_power_of_4(int64_t n) {
-    while (n > 1 && n % 4 == 0) n /= 4;
-    return n == 1;
-}
-
 void add_scale(StoredRows& rows, const Tensor& scale) {
     rows.scale = floats("scale", scale);
     STD_TORCH_CHECK(scale.dim() == 2 && (scale.size(0) == rows.N || scale.size(0) == 1) &&
@@ -77,8 +73,7 @@ void dequantise(std::string encoding, const Tensor& stored, std::optional<Tensor
                     "table must hold ", format.codes, " numbers");
     if (table) rows.table = floats("table", *table);
     if (scale) add_scale(rows, *scale);
-    STD_TORCH_CHECK(rotation == 0 || (is_power_of_4(rotation) && rows.K % rotation == 0),
-                    "rotation must be 0 or a power of 4 that divides K, got ", rotation);
+    STD_TORCH_CHECK(is_rotation(rotation, rows.K), "rotation must be 0 or a power of 4 that divides K, got ", rotation);
     rows.rotation = rotation;
     STD_TORCH_CHECK(largest.dim() == 1 && largest.size(0) == rows.N, "largest must be [N]");
     float* const found = const_cast<float*>(floats("largest", largest));

@@ -183,7 +183,8 @@ def _linear_int8(m: Maker) -> dict[str, Any]:
     weight = args.pop("weight").float()
     scale = weight.abs().amax(1) / 127
     quantised = (weight / scale[:, None]).round().to(torch.int8)
-    return {"x": args.pop("x"), "weight": quantised, "weight_scale": scale, **args}
+    x = args.pop("x")
+    return {"x": x, "weight": quantised, "weight_scale": scale, **args, "rotation": 0}
 
 
 def _modulation(m: Maker) -> dict[str, Any]:

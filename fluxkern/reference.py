@@ -394,14 +394,25 @@ def gelu_tanh_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_rows_fp8(gelu_tanh(x))
 
 
+def rotate(x: Tensor, size: int) -> Tensor:
+    """Runs of `size` channels by the Kronecker power of the regular Hadamard matrix of 4."""
+    four = (1 - 2 * torch.eye(4, device=x.device).flip(0)) / 2
+    hadamard = torch.ones(1, 1, device=x.device)
+    while len(hadamard) < size:
+        hadamard = torch.kron(hadamard, four)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide.unflatten(-1, (-1, size)) @ hadamard.to(wide.dtype)).flatten(-2)
+
+
 def linear_int8(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     activation: str | None = None,
+    rotation: int = 0,
 ) -> Tensor:
-    q, zero, scale = quantize_rows(x)
+    q, zero, scale = quantize_rows(rotate(x, rotation) if rotation else x)
     product = (q - zero).double() @ weight.double().t()  # whole numbers below 2^53: exact
     wide = torch.promote_types(x.dtype, torch.float32)
     out = product.to(wide) * (scale.to(wide) * weight_scale.to(wide))
@@ -417,8 +428,9 @@ def linear_int8_(
     bias: Tensor | None,
     activation: str | None = None,
     add: bool = False,
+    rotation: int = 0,
 ) -> None:
-    y = linear_int8(x, weight, weight_scale, bias, activation)
+    y = linear_int8(x, weight, weight_scale, bias, activation, rotation)
     out.add_(y) if add else out.copy_(y)
 
 

@@ -117,14 +117,14 @@ def hadamard(size: int) -> Tensor:
     return turned
 
 
-def int8_convrot(name: str, weight: Tensor) -> tuple[State, Tensor]:
-    turn = hadamard(64)
-    codes, scale = int8_codes((weight.unflatten(1, (-1, 64)) @ turn).flatten(1))
+def int8_convrot(name: str, weight: Tensor, group: int = 64) -> tuple[State, Tensor]:
+    turn = hadamard(group)
+    codes, scale = int8_codes((weight.unflatten(1, (-1, group)) @ turn).flatten(1))
     layer = name.removesuffix("weight")
-    about = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64}
+    about = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": group}
     parts = {name: codes, f"{layer}weight_scale": scale, f"{layer}comfy_quant": note(about)}
     numbers = codes.double() * scale.double()
-    return parts, (numbers.unflatten(1, (-1, 64)) @ turn.double()).flatten(1).float()
+    return parts, (numbers.unflatten(1, (-1, group)) @ turn.double()).flatten(1).float()
 
 
 # nf4

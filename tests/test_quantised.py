@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import quantised_files as make
 import torch
-from checkpoint_files import same_bits, tiny_autoencoder
+from checkpoint_files import same_bits, tiny_autoencoder, tiny_flux
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
@@ -99,15 +99,20 @@ def test_quantised_weights_become_int8(tmp_path, kind):
     flux = load_flux(path, dtype=torch.float32, int8=True)
     for name in block_linears(Flux(flux.config)):
         layer = flux.get_submodule(name)
-        values, scale = ops.quantize_int8(expected[f"{name}.weight"])
-        assert (layer.values.int() - values.int()).abs().max() <= bool(tolerance(kind))
+        weight = expected[f"{name}.weight"]
+        assert layer.rotation == (64 if kind == "int8 convrot" else 0)
+        if layer.rotation:
+            weight = (weight.unflatten(1, (-1, 64)) @ make.hadamard(64)).flatten(1)
+        values, scale = ops.quantize_int8(weight)
+        assert torch.equal(layer.values, values)
         torch.testing.assert_close(layer.scale, scale, rtol=4e-6, atol=0)
         assert torch.equal(layer.bias, expected[f"{name}.bias"])
 
 
-def test_the_codes_of_an_int8_file_are_kept_and_lie_in_the_file(tmp_path):
+@pytest.mark.parametrize("kind", ["int8", "int8 convrot"])
+def test_the_codes_of_an_int8_file_are_kept_and_lie_in_the_file(tmp_path, kind):
     path = tmp_path / "flux.safetensors"
-    written(path, "int8")
+    written(path, kind)
     file, flux = load(path.read_bytes()), load_flux(path, int8=True)
     addresses = []
     for name in block_linears(Flux(flux.config)):
@@ -118,6 +123,49 @@ def test_the_codes_of_an_int8_file_are_kept_and_lie_in_the_file(tmp_path):
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
     begin, end = (int(number, 16) for number in maps[0].split()[0].split("-"))
     assert len(maps) == 1 and all(begin <= address < end for address in addresses)
+
+
+def forward(flux: Flux) -> Tensor:
+    generator, config = torch.Generator().manual_seed(0), flux.config
+    sizes = ((1, 6, config.in_channels), (1, 3, config.context_in_dim), (1, config.vec_in_dim))
+    img, txt, vec = (torch.randn(size, generator=generator) for size in sizes)
+    one = torch.full((1,), 0.5)
+    with torch.no_grad():
+        return flux(img, torch.zeros(6, 3), txt, torch.zeros(3, 3), one, vec, one)
+
+
+def test_a_rotated_model_computes_what_its_numbers_do(tmp_path):
+    path = tmp_path / "flux.safetensors"
+    written(path, "int8 convrot")
+    exact = forward(load_flux(path, dtype=torch.float32))
+    out = forward(load_flux(path, dtype=torch.float32, int8=True))
+    assert 0 < (out - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_rotated_model_is_saved_as_it_is(tmp_path):
+    path, again = tmp_path / "flux.safetensors", tmp_path / "again.safetensors"
+    written(path, "int8 convrot")
+    save_flux(load_flux(path, int8=True), again, format="bfl")
+    assert same_bits(load_file(again), load_file(path))
+
+
+def test_a_rotation_that_a_split_of_columns_cuts_is_undone(tmp_path):
+    """The 256 columns of linear2 are used as 64 and 192."""
+    path, layer = tmp_path / "flux.safetensors", "single_blocks.0.linear2"
+    sizes = {"hidden_size": 64, "num_heads": 1, "depth": 1, "depth_single_blocks": 1}
+    state = tiny_flux(**sizes, mlp_ratio=3.0).state_dict()
+
+    def quantise(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return make.int8_convrot(name, weight, 256 if layer in name else 64)
+
+    expected = make.write(path, state, quantise)
+    flux = load_flux(path, dtype=torch.float32, int8=True)
+    found = flux.get_submodule(layer)
+    values, _ = ops.quantize_int8(expected[f"{layer}.weight"])
+    assert (found.rotation, flux.get_submodule("single_blocks.0.linear1").rotation) == (0, 64)
+    assert (found.values.int() - values.int()).abs().max() <= 1
+    exact = forward(load_flux(path, dtype=torch.float32))
+    assert (forward(flux) - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("kind", ["fp8", "scaled fp8", "BFL fp8r", "int8", "nested nf4"])
@@ -141,6 +189,21 @@ def test_a_diffusers_folder_may_be_quantised(tmp_path, kind):
         values, scale = ops.quantize_int8(loaded[f"{name}.weight"])
         assert torch.equal(flux.get_submodule(name).values, values)
         torch.testing.assert_close(flux.get_submodule(name).scale, scale, rtol=4e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", *SAFETENSORS])
+def test_the_defaults_of_torch_change_nothing(tmp_path, kind):
+    path = tmp_path / ("flux.gguf" if kind in GGUF else "flux.safetensors")
+    written(path, kind)
+    for int8 in (False, True):
+        expected = load_flux(path, int8=int8).state_dict()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                found = load_flux(path, int8=int8).state_dict()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert same_bits(found, expected)
 
 
 def test_a_layer_may_lie_in_two_shards(tmp_path):

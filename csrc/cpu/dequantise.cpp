@@ -4,6 +4,7 @@
 // Accumulation: none; a code times its scales is exact in fp32 but for a last rounding.
 // Limits: a row is a whole number of blocks, and of groups of ConvRot.
 #include "buffer.h"
+#include "convrot.h"
 #include "exp.h"
 #include "rows.h"
 
@@ -96,7 +97,8 @@ struct Q3K {
             const uint8_t *h = block + run % 2 * 16, *q = h + 32 + run / 8 * 32;
             const int shift = run % 8 / 2 * 2, bit = run / 2;
             for (int i = 0; i < 16; ++i) {
-                out[16 * run + i] = scale * float((q[i] >> shift & 3 | (h[i] >> bit & 1) << 2) - 4);
+                const int three = (q[i] >> shift & 3) | (h[i] >> bit & 1) << 2;
+                out[16 * run + i] = scale * float(three - 4);
             }
         }
     }
@@ -196,21 +198,6 @@ void decode(const StoredRows& from, const uint8_t* row, float* out) {
     }
 }
 
-// The Kronecker power of the regular Hadamard matrix of 4, which is its own inverse.
-void rotate(float* group, int64_t size) {
-    for (int64_t step = 1; step < size; step *= 4) {
-        for (int64_t begin = 0; begin < size; begin += 4 * step) {
-            for (int64_t i = begin; i < begin + step; ++i) {
-                float* const x = group + i;
-                const float a = x[0], b = x[step], c = x[2 * step], d = x[3 * step];
-                const float half = (a + b + c + d) * 0.5f;
-                x[0] = half - d, x[step] = half - c, x[2 * step] = half - b;
-                x[3 * step] = half - a;
-            }
-        }
-    }
-}
-
 void fill_row(const StoredRows& from, int64_t n, float* out) {
     decode(from, from.data + n * from.stride, out);
     if (from.scale != nullptr) {
@@ -220,9 +207,7 @@ void fill_row(const StoredRows& from, int64_t n, float* out) {
             for (int64_t i = k; i < end; ++i) out[i] *= *scale;
         }
     }
-    for (int64_t k = 0; from.rotation > 0 && k < from.K; k += from.rotation) {
-        rotate(out + k, from.rotation);
-    }
+    if (from.rotation > 0) rotate(out, from.K, from.rotation);
 }
 
 // NaN where the row holds a NaN or an infinity

@@ -99,8 +99,8 @@ FLUXKERN_KERNEL(modulation, DType, Tokens vec, Rows weight, const void* bias, Ro
 FLUXKERN_KERNEL(linear, DType, Tokens x, Rows weight, const void* bias, bool gelu, bool add,
                 Tokens out, const MatrixSizes&, const Context&)
 FLUXKERN_KERNEL(linear_int8, DType, Tokens x, Rows weight, const float* weight_scale,
-                const void* bias, bool gelu, bool add, Tokens out, const MatrixSizes&,
-                const Context&)
+                const void* bias, bool gelu, bool add, int64_t rotation, Tokens out,
+                const MatrixSizes&, const Context&)
 FLUXKERN_KERNEL(dequantise, DType, const StoredRows&, Rows out, float* largest, const Context&)
 FLUXKERN_KERNEL(requantise_int8, const StoredRows&, Rows out, float* scale, const Context&)
 FLUXKERN_KERNEL(stream_copy, const void* source, void* target, int64_t bytes, const Context&)

@@ -1,4 +1,5 @@
-// out = activation(scale * weight_scale * (q - zero) weight^T + bias), q the 8 bits of a row of x.
+// out = activation(scale * weight_scale * (q - zero) weight^T + bias), q the 8 bits of a row of x,
+// which ConvRot may turn before.
 // Parallel: rows of x; then blocks of rows of the weight, packed once a thread, by chunks of x.
 // Bytes: N K of the weight, S B (K + N) elements; q, S B K, from the caches once a block.
 // Accumulation: int32, exact, so the same on every instruction set; fp32 after it, rounded once.
@@ -6,6 +7,7 @@
 #include <type_traits>
 
 #include "buffer.h"
+#include "convrot.h"
 #include "gelu.h"
 #include "rows.h"
 
@@ -265,11 +267,12 @@ struct Linear {
     const void* bias;
     const MatrixSizes& sizes;
     const int64_t M, K, stride;  // rows of x; K rounded up to lines; numbers from one q to the next
+    const int64_t rotation;
     const Buffer q, rows;
     const Product<T> product;
 
     Linear(Tokens x, Rows weight, const float* weight_scale, const void* bias, bool gelu, bool add,
-           Tokens out, const MatrixSizes& sizes)
+           int64_t rotation, Tokens out, const MatrixSizes& sizes)
         : x(x),
           weight(weight),
           weight_scale(weight_scale),
@@ -278,6 +281,7 @@ struct Linear {
           M(sizes.S * sizes.B),
           K(rounded_up(sizes.K, LINE)),
           stride(K + LINE),  // of no power of 2, so that rows do not meet in one set of a cache
+          rotation(rotation),
           q(rounded_up(M, ROWS) * stride * int64_t(sizeof(Number)) / 4),
           rows(M * int64_t(sizeof(Row)) / 4),
           product{out, reinterpret_cast<Row*>(rows.data), sizes, gelu, add} {}
@@ -293,9 +297,18 @@ struct Linear {
     void quantise_rows(const Context& context) const {
         Row* found = reinterpret_cast<Row*>(rows.data);
         parallel(context, M, GRAIN / (sizes.K + 1) + 1, [&](int64_t begin, int64_t end) {
+            const Buffer turned(rotation > 0 ? sizes.K : 1);
             for (int64_t i = begin; i < end; ++i) {
                 const T* row = row_of<T>(x, {i / sizes.B, i % sizes.B, false});
-                found[i] = quantise(row, sizes.K, q_of(i), stride);
+                if (rotation == 0) {
+                    found[i] = quantise(row, sizes.K, q_of(i), stride);
+                    continue;
+                }
+                each_vec<T>(sizes.K, [&](int64_t k, int, auto part) {
+                    put(turned.data + k, natural(load(row + k, part), T{}));
+                });
+                rotate(turned.data, sizes.K, rotation);
+                found[i] = quantise(turned.data, sizes.K, q_of(i), stride);
             }
         });
         const int64_t spare = rounded_up(M, ROWS) - M;
@@ -384,11 +397,12 @@ struct Linear {
 }  // namespace
 
 void linear_int8(DType dtype, Tokens x, Rows weight, const float* weight_scale, const void* bias,
-                 bool gelu, bool add, Tokens out, const MatrixSizes& sizes,
+                 bool gelu, bool add, int64_t rotation, Tokens out, const MatrixSizes& sizes,
                  const Context& context) {
     with_dtype(dtype, [&]<class T>(T) {
         const auto call = [&]<class Engine>(Engine) {
-            const Linear<T, Engine> linear(x, weight, weight_scale, bias, gelu, add, out, sizes);
+            const Linear<T, Engine> linear(x, weight, weight_scale, bias, gelu, add, rotation, out,
+                                           sizes);
             linear.quantise_rows(context);
             if constexpr (std::is_same_v<Engine, Unpacked>) linear.run_unpacked(context);
             else linear.run_packed(context);

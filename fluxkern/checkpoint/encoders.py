@@ -102,9 +102,8 @@ def load_clip(
     for name in UNUSED:
         stored.pop(name, None)
     _fill(clip, Path(path), stored, dtype, device)
-    clip.embeddings.position_ids = torch.arange(clip.config.max_position_embeddings, device=device)[
-        None
-    ]
+    positions = torch.arange(clip.config.max_position_embeddings, device=device)
+    clip.embeddings.position_ids = positions[None]
     return clip.eval().requires_grad_(False)
 
 

@@ -30,7 +30,7 @@ from . import configs, names
 from .gguf import MAGIC, read_gguf
 from .names import ALL_ROWS, Piece
 from .quantised import grouped
-from .stored import Maps, Quantised, Stored
+from .stored import FLOATS, Maps, Quantised, Stored
 
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
@@ -259,11 +259,17 @@ def fill(
     state: dict[str, Tensor] = {}
     spoilt, maps = [], Maps()
     quantised = {f"{layer}.weight" for layer in int8}
+    rotations: dict[str, int] = {}
     for name, meta in model.state_dict().items():
         if name not in parts:
             continue
         if name in quantised:
-            weight, finite = _int8(meta.shape, parts[name], stored, maps)
+            entry = _kept(name, meta.shape, parts[name], stored)
+            if entry is not None:
+                weight, finite = entry.mapped_int8(maps), True
+                rotations[name.removesuffix(".weight")] = entry.rotation
+            else:
+                weight, finite = _int8(meta.shape, parts[name], stored)
             state |= int8_state(name, *(tensor.to(device) for tensor in weight))
         else:
             state[name], finite = _numbers(meta.shape, parts[name], stored, dtype, device)
@@ -273,6 +279,8 @@ def fill(
         problem = names.listed("tensors with a NaN or an infinity", spoilt)[0]
         warnings.warn(f"{next(iter(stored.values())).file}: {problem}", stacklevel=4)
     to_int8(model, int8).load_state_dict(state, assign=True, strict=False)
+    for layer, rotation in rotations.items():
+        model.get_submodule(layer).rotation = rotation
 
 
 def _numbers(
@@ -289,14 +297,27 @@ def _numbers(
     return out, all(finite)
 
 
+def _kept(
+    name: str, shape: torch.Size, pieces: list[Piece], stored: Mapping[str, Stored | Quantised]
+) -> Quantised | None:
+    """What holds a weight in int8 that is used as it lies in the file, if anything does.
+
+    The columns of linear2 are used in two parts, the first as wide as its output: a group of
+    ConvRot may not lie in both.
+    """
+    entry = stored[pieces[0].name]
+    if len(pieces) > 1 or not isinstance(entry, Quantised) or not entry.is_int8:
+        return None
+    split = name.endswith(".linear2.weight") and entry.rotation and shape[0] % entry.rotation
+    return None if split else entry
+
+
 def _int8(
-    shape: torch.Size, pieces: list[Piece], stored: Mapping[str, Stored | Quantised], maps: Maps
+    shape: torch.Size, pieces: list[Piece], stored: Mapping[str, Stored | Quantised]
 ) -> tuple[tuple[Tensor, Tensor], bool]:
     """The weight and the scales of `ops.linear_int8`, and whether they are finite."""
-    entry = stored[pieces[0].name]
-    if len(pieces) == 1 and isinstance(entry, Quantised) and entry.is_int8_by_rows:
-        return entry.mapped_int8(maps), True
-    values, scale = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0])
+    values = torch.empty(shape, dtype=torch.int8, device="cpu")
+    scale = torch.empty(shape[0], **FLOATS)
     finite = [stored[p.name].int8(values[p.rows], scale[p.rows], p.name_rows) for p in pieces]
     return (values, scale), all(finite)
 

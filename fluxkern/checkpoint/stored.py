@@ -13,13 +13,14 @@ from .names import ALL_ROWS
 
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)  # of 8 bits, each a number
 PLAUSIBLE = (1e-6, 1e4)  # the largest weight of a typical row, in any model that works
+FLOATS = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 _ENCODINGS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def mapped(file: Path, offset: int, nbytes: int) -> Tensor:
     """Bytes of a file as uint8 [nbytes], without reading them; a write changes this copy alone."""
     if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     try:
         with open(file, "rb") as opened:
@@ -144,13 +145,14 @@ class Quantised:
             ValueError: a damaged block or scale, or scales that no model has.
         """
         if len(self.shape) == 1 and rows != ALL_ROWS:
-            whole = torch.empty(self.shape)
+            whole = torch.empty(self.shape, **FLOATS)
             self.numbers(whole)
             out.copy_(whole[rows])
         elif out.dtype in _ENCODINGS and out.device.type == "cpu" and out.is_contiguous():
             self._read(out.view(1, -1) if out.ndim == 1 else out.flatten(1), rows)
         else:
-            near = torch.empty(out.shape, dtype=out.dtype if out.dtype in _ENCODINGS else None)
+            dtype = out.dtype if out.dtype in _ENCODINGS else torch.float32
+            near = torch.empty(out.shape, dtype=dtype, device="cpu")
             self.numbers(near, rows)
             out.copy_(near)
         return True
@@ -161,7 +163,7 @@ class Quantised:
         Raises:
             ValueError: as `numbers`.
         """
-        if self.is_int8_by_rows:
+        if self.is_int8 and not self.rotation:
             values.copy_(self.codes.map()[rows])
             scale.copy_(self._scales(rows).expand(len(scale), 1)[:, 0])
         else:
@@ -169,12 +171,12 @@ class Quantised:
         return True
 
     @property
-    def is_int8_by_rows(self) -> bool:
+    def is_int8(self) -> bool:
         """Whether the codes are the weight of `ops.linear_int8` as they lie."""
-        return self.codes.dtype == torch.int8 and not self.rotation
+        return self.codes.dtype == torch.int8
 
     def mapped_int8(self, maps: Maps) -> tuple[Tensor, Tensor]:
-        """The weight and the scales of `ops.linear_int8`, where `is_int8_by_rows`: the weight's
+        """The weight and the scales of `ops.linear_int8`, where `is_int8`: the weight's
         memory is that of the file."""
         begin = self.codes.offset
         values = maps[self.file][begin : begin + self.nbytes].view(torch.int8).view(self.shape)
@@ -198,9 +200,9 @@ class Quantised:
         codes = self.codes.map()
         table = None if self.table is None else self.table.map().float()
         if codes.dtype in CODES:
-            table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+            table = torch.arange(256, dtype=torch.uint8, device="cpu").view(codes.dtype).float()
         codes = (codes.view(1, -1) if codes.ndim == 1 else codes.flatten(1)).view(torch.uint8)[rows]
-        largest = torch.empty(len(out)) if largest is None else largest
+        largest = torch.empty(len(out), **FLOATS) if largest is None else largest
         _read_by_kernel(
             self.encoding, codes, out, largest, table, self._scales(rows), self.rotation
         )
@@ -212,7 +214,7 @@ class Quantised:
         where = f"{self.file}: {self.key:.200} in {self.format}"
         if len(damaged):
             raise ValueError(f"{where} has a damaged block in row {int(damaged[0])}: not finite")
-        typical = largest[largest > 0].median() if largest.any() else torch.tensor(1.0)
+        typical = float(largest[largest > 0].median()) if largest.any() else 1.0
         if not PLAUSIBLE[0] <= typical <= PLAUSIBLE[1]:
             raise ValueError(
                 f"{where}: half of its rows have no weight above {typical:.1e}, "

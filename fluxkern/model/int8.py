@@ -1,5 +1,6 @@
 """The linear layers of a transformer's blocks in 8 bits."""
 
+import json
 from collections.abc import Callable
 
 import torch
@@ -8,20 +9,21 @@ from torch import Tensor, nn
 from .. import ops
 from .._modules import autocast_dtype
 
-COMFY_NOTE = b'{"format": "int8_tensorwise"}'
-
 
 class Int8Weight:
-    """int8 [Cout, Cin] and fp32 [Cout], which split and slice as the one weight that they are."""
+    """int8 [Cout, Cin] and fp32 [Cout], which split and slice as the one weight that they are.
 
-    def __init__(self, values: Tensor, scale: Tensor):
-        self.values, self.scale = values, scale
+    With a rotation its columns are turned in groups of so many, as `ops.linear_int8` has it.
+    """
+
+    def __init__(self, values: Tensor, scale: Tensor, rotation: int = 0):
+        self.values, self.scale, self.rotation = values, scale, rotation
         self.shape = values.shape
 
     def split(self, sizes: tuple[int, ...], dim: int = 0) -> list["Int8Weight"]:
         values = self.values.split(sizes, dim)
         scales = self.scale.split(sizes) if dim == 0 else [self.scale] * len(values)
-        return [Int8Weight(*pair) for pair in zip(values, scales, strict=True)]
+        return [Int8Weight(*pair, self.rotation) for pair in zip(values, scales, strict=True)]
 
 
 class Int8Linear(nn.Module):
@@ -34,6 +36,7 @@ class Int8Linear(nn.Module):
     def __init__(self, layer: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.rotation = 0  # of ConvRot; set by who reads such a weight
         values, scale = ops.quantize_int8(layer.weight)
         self.register_buffer("values", values)
         self.register_buffer("scale", scale)
@@ -41,12 +44,12 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Int8Weight:
-        return Int8Weight(self.values, self.scale)
+        return Int8Weight(self.values, self.scale, self.rotation)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(autocast_dtype(x) or x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return ops.linear_int8(x, self.values, self.scale, bias)
+        return ops.linear_int8(x, self.values, self.scale, bias, rotation=self.rotation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
         """Scales stay fp32 where the model is cast."""
@@ -89,9 +92,11 @@ def comfy_state(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(layer, Int8Linear):
             state[f"{name}.weight"] = state.pop(f"{name}.values")
             state[f"{name}.weight_scale"] = state.pop(f"{name}.scale")[:, None]
-            state[f"{name}.comfy_quant"] = torch.tensor(
-                list(COMFY_NOTE), dtype=torch.uint8, device="cpu"
-            )
+            note = {"format": "int8_tensorwise"}
+            if layer.rotation:
+                note |= {"convrot": True, "convrot_groupsize": layer.rotation}
+            text = list(json.dumps(note).encode())
+            state[f"{name}.comfy_quant"] = torch.tensor(text, dtype=torch.uint8, device="cpu")
     return state
 
 

@@ -80,9 +80,11 @@ def product(
 ) -> Tensor:
     """`ops.linear`, or its int8 form, of the weight of a layer that need not be called."""
     options = {"activation": activation, "out": out, "add": add}
-    if isinstance(layer.weight, Int8Weight):
-        return ops.linear_int8(x, layer.weight.values, layer.weight.scale, layer.bias, **options)
-    return ops.linear(x, layer.weight, layer.bias, **options)
+    weight = layer.weight
+    if isinstance(weight, Int8Weight):
+        options["rotation"] = weight.rotation
+        return ops.linear_int8(x, weight.values, weight.scale, layer.bias, **options)
+    return ops.linear(x, weight, layer.bias, **options)
 
 
 def linear(x: Tensor, layer: nn.Module, activation: str | None = None) -> Tensor:

@@ -11,13 +11,13 @@ MOST_CHANNELS = 65536  # sums of more products can leave int32
 
 _forward = _dispatch.define(
     "linear_int8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation,"
-    " str? backend) -> Tensor",
+    " int rotation, str? backend) -> Tensor",
     reference.linear_int8,
     lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
 _in_place = _dispatch.define(
     "linear_int8_(Tensor(a!) out, Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias,"
-    " str? activation, bool add, str? backend) -> ()",
+    " str? activation, bool add, int rotation, str? backend) -> ()",
     reference.linear_int8_,
     lambda *_: None,
 )
@@ -48,6 +48,11 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.where(scale > 0, 1 / scale, 0)[:, None]
     q = (weight * inverse).round().nan_to_num_(0).clamp_(-127, 127)
     return q.to(torch.int8), scale
+
+
+def is_rotation(size: object) -> bool:
+    """Whether channels can be turned in groups of this size: a power of 4 up to 65536."""
+    return type(size) is int and size in [4**n for n in range(1, 9)]
 
 
 def _check_channels(name: str, tensor: Tensor) -> None:
@@ -87,6 +92,7 @@ def linear_int8(
     activation: str | None = None,
     out: Tensor | None = None,
     add: bool = False,
+    rotation: int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """A linear layer with an int8 weight, on 8 bits of each row of x; GELU-tanh when asked for.
@@ -107,6 +113,9 @@ def linear_int8(
         out: [..., Cout], dtype of x, last axis contiguous, where the result is written, such as the
             rows of one stream in a joint buffer; None makes a new tensor.
         add: the product is added to `out`, without bias and activation.
+        rotation: channels that ConvRot has turned together in the weight, a power of 4 that divides
+            Cin: those of x are turned too before they are given 8 bits, which spreads outliers;
+            0 where it has not.
         backend: one of `fluxkern.ops.BACKENDS`; None takes the first that can run.
 
     Returns:
@@ -120,7 +129,8 @@ def linear_int8(
         NotImplementedError: the named backend cannot run this; gives every backend's reason.
 
     Gradients: none.
-    Source: Dettmers et al., LLM.int8(), section 2.1: zeropoint quantisation by row and column.
+    Source: Dettmers et al., LLM.int8(), section 2.1: zeropoint quantisation by row and column;
+    comfy-kitchen, `int8_linear`, for the rotation.
     """
     _check(x, weight, weight_scale, bias)
     if activation not in ACTIVATIONS:
@@ -129,10 +139,14 @@ def linear_int8(
         raise ValueError("linear_int8 has no gradient, got an input that needs one")
     if add and (out is None or bias is not None or activation):
         raise ValueError("add must come with out and without bias and activation")
+    if rotation and (not is_rotation(rotation) or x.shape[-1] % rotation):
+        raise ValueError(
+            f"rotation must be 0 or a power of 4 that divides Cin, {x.shape[-1]}, got {rotation!r}"
+        )
     if out is None:
-        return _forward(x, weight, weight_scale, bias, activation, backend)
+        return _forward(x, weight, weight_scale, bias, activation, rotation, backend)
     _checks.shape("out", out, (*x.shape[:-1], weight.shape[0]), "[..., Cout]")
     _checks.like("out", out, "x", x)
     _checks.last_axis_contiguous("out", out)
-    _in_place(out, x, weight, weight_scale, bias, activation, add, backend)
+    _in_place(out, x, weight, weight_scale, bias, activation, add, rotation, backend)
     return out
