@@ -188,6 +188,16 @@ def test_explain_names_an_op_for_every_plain_layer():
     assert "double_blocks.0-1.img_attn.qkv" in str(sites)
 
 
+@pytest.mark.parametrize("name", ["single_blocks.0.linear2", "double_blocks.1.img_mlp.0"])
+@torch.no_grad()
+def test_a_hook_of_an_8_bit_layer_runs(name: str):
+    model, args, seen = to_int8(random_flux(TINY).requires_grad_(False)), inputs(TINY), []
+    expected = model(**args)
+    model.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+    assert distance(model(**args), expected) <= 2e-2 and len(seen) == 1
+    assert [site.name for site in explain(model) if site.runs == "called"] == [name]
+
+
 # adapters
 
 

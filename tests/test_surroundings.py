@@ -171,6 +171,25 @@ def test_a_hook_of_every_layer_of_the_vae_runs(pipe: FluxPipeline, kind: type):
         assert distance(through(pipe.vae), expected) > 1e-3
 
 
+@pytest.mark.parametrize("cls", [nn.GroupNorm, nn.Conv2d, nn.Linear, nn.GELU, nn.SiLU])
+def test_a_replaced_forward_of_a_class_runs_at_every_layer(
+    pipe: FluxPipeline, cls: type, monkeypatch: pytest.MonkeyPatch
+):
+    forward, seen = cls.forward, set()
+
+    def patched(self: nn.Module, x: Tensor) -> Tensor:
+        seen.add(self)
+        return forward(self, x)
+
+    models = pipe.transformer, pipe.vae.decoder
+    layers = {m for model in models for m in model.modules() if type(m) is cls}
+    expected = draw(pipe, PROMPT, generator=seeded())
+    monkeypatch.setattr(cls, "forward", patched)
+    assert distance(draw(pipe, PROMPT, generator=seeded()), expected) <= 1e-5
+    assert layers and layers <= seen
+    assert any(f"{cls.__name__}.forward was replaced" == site.reason for site in explain(pipe))
+
+
 def test_explain_says_how_the_layers_of_a_pipeline_go(pipe: FluxPipeline):
     sites = explain(pipe)
     assert not any(site.reason for site in sites)
@@ -228,6 +247,52 @@ def test_a_pipeline_takes_a_transformer_that_peft_wraps(pipe: FluxPipeline):
     pipe.transformer = pipe.transformer.merge_and_unload()
     assert distance(draw(pipe, PROMPT, generator=seeded()), styled) <= 1e-5
     assert not any(site.runs == "called" for site in explain(pipe))
+
+
+def test_a_compiled_transformer_still_has_its_modulations_ahead(
+    pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+):
+    torch._dynamo.reset()
+    expected, flux, calls = draw(pipe, PROMPT, generator=seeded()), pipe.transformer, []
+    workspaces = type(flux).workspaces
+    monkeypatch.setattr(
+        type(flux), "workspaces", lambda *args: calls.append(1) or workspaces(*args)
+    )
+    pipe.transformer = torch.compile(flux, backend="aot_eager")
+    found = draw(pipe, PROMPT, generator=seeded(), num_inference_steps=2)
+    assert distance(found, expected) <= 1e-5 and len(calls) == 1
+    assert not any(site.reason for site in explain(pipe))
+    torch._dynamo.reset()
+
+
+class Packed(nn.Module):
+    """A layer that has no weight to be read."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.held = [layer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.held[0](x)
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_pipeline_of_replaced_layers_draws_the_same(pipe: FluxPipeline, release: bool):
+    expected = draw(pipe, PROMPT, generator=seeded())
+    linears = [n for n, m in pipe.transformer.named_modules() if type(m) is nn.Linear]
+    for name in linears:
+        layer = Packed(pipe.transformer.get_submodule(name))
+        pipe.transformer.set_submodule(name, layer)
+    found = draw(pipe, PROMPT, generator=seeded(), release_modulation=release)
+    assert distance(found, expected) <= 1e-5
+    called = {site.name for site in explain(pipe) if site.runs == "called"}
+    assert called == {f"transformer.{name}" for name in linears}
+
+
+def test_a_dynamically_quantised_pipeline_draws_nearly_the_same(pipe: FluxPipeline):
+    expected = draw(pipe, PROMPT, generator=seeded())
+    torch.ao.quantization.quantize_dynamic(pipe.transformer, {nn.Linear}, inplace=True)
+    assert 1e-5 < distance(draw(pipe, PROMPT, generator=seeded()), expected) < 0.05
 
 
 def sequential_offload(pipe: FluxPipeline) -> None:
