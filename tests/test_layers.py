@@ -211,16 +211,15 @@ def test_every_weight_of_an_adapter_trains():
     model, args = adapted(), inputs(TINY)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) > 60 and all("lora_" in name for name in trained)
-    optimizer = torch.optim.Adam(trained.values(), 1e-2)
-    losses = []
-    for _ in range(6):
-        loss = model(**args).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None and p.grad.any() for p in trained.values())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+    loss = model(**args).square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in trained.values())
+    slope = sum(p.grad.square().sum() for p in trained.values())
+    with torch.no_grad():
+        for p in trained.values():
+            p -= 1e-3 * loss / slope * p.grad  # a thousandth down, by the gradients
+        fall = 1 - model(**args).square().mean() / loss
+    assert fall.item() == pytest.approx(1e-3, rel=0.3)
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"lora_dropout": 0.5}])
