@@ -176,7 +176,7 @@ def contract(check: Check) -> list[Job]:
     if check.dry_run:
         chosen = f"forward_is_accurate and {DRY_OPS[0]}-cpu-fp32"
         return [Job("contract", tests("contract", chosen))]
-    limit, backends = check.limit(130), "[{0}-cuda or [{0}-triton"
+    limit, backends = check.limit(130), "([{0}-cuda or [{0}-triton) and not emulator"
     return [Job(f"contract {op}", tests("contract", backends.format(op)), (), limit)
             for op in CASES]  # fmt: skip
 
@@ -220,7 +220,7 @@ def compiled_step(check: Check) -> list[Job]:
 
 @dataclass(frozen=True)
 class Part:
-    """A share of the time: its moment of the plan's end, and how many processes at a time."""
+    """Until when of the plan it runs, and whether its processes run side by side, two a core."""
 
     until: float
     jobs: Callable[[Check], list[Job]]
@@ -228,7 +228,7 @@ class Part:
 
 
 PARTS = {
-    "build": Part(25, build),
+    "build": Part(45, build),  # 25 is enough; without it all else is of Triton alone
     "smoke": Part(45, smoke, side_by_side=True),
     "first": Part(110, first),
     "ops": Part(170, ops),
@@ -323,7 +323,7 @@ def run(args: argparse.Namespace, check: Check, machine: dict[str, Any]) -> int:
             waiting = [job for job in part.jobs(check) if (name, job.name) not in done]
             share = 1.0 if check.dry_run else part.until / PLAN
             until = start + min(share * args.budget, args.budget - 5)
-            jobs.run(name, waiting, until, cores if part.side_by_side else 1)
+            jobs.run(name, waiting, until, 2 * cores if part.side_by_side else 1)
             summary.end(name)
     return summary.close()
 

@@ -50,6 +50,10 @@ def figures(rows: list[Row]) -> Iterator[Figure]:
     ms = {row["what"]: row["ms"] for row in rows if "ms" in row}
     if step := ms.get("step in the loop, modulation ahead, sustained"):
         yield Figure("57-block step, ms", step, 118, most=True)
+    for row in rows:
+        if (row.get("what"), row.get("provider")) == ("step", "fluxkern"):
+            for baseline, gain in row["times"].items():
+                yield Figure(f"57-block step, times {baseline}", gain, 1.05)
 
 
 def attention_figures(rows: list[Row]) -> Iterator[Figure]:
