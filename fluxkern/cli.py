@@ -672,7 +672,9 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("target", metavar="DST", help="a .safetensors file (bfl) or a folder")
     command.add_argument("--to", choices=("bfl", "diffusers"), required=True, help="the layout")
     command.add_argument(
-        "--dtype", choices=("int8",), help="of a transformer's blocks, as Comfy's int8_tensorwise"
+        "--dtype",
+        choices=("int8",),
+        help="of a transformer's blocks or a T5's layers, as Comfy's int8_tensorwise",
     )
     command.add_argument("--force", action="store_true", help="write over what exists")
 

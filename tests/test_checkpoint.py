@@ -894,11 +894,12 @@ def memory(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 def peak(path, dtype):
-    load_flux(sys.argv[1])  # brings the code in
+    load_flux(sys.argv[1], int8=dtype == "int8")  # brings the code in
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = memory("VmRSS")
-    model = load_flux(path, dtype=getattr(torch, dtype))
-    weights = sum(p.nbytes for p in model.parameters())
+    int8 = dtype == "int8"
+    model = load_flux(path, dtype=torch.bfloat16 if int8 else getattr(torch, dtype), int8=int8)
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     print(memory("VmHWM") - before, weights, flush=True)
 
 for path, dtype in json.loads(sys.argv[2]):
@@ -920,7 +921,7 @@ def test_loading_takes_no_more_than_the_weights_and_the_largest_tensor(tmp_path)
     loads = [
         (str(tmp_path / name), dtype)
         for name in ("flux", "flux.safetensors")
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("float32", "bfloat16", "int8")
     ]
     root = Path(__file__).parents[1]
     done = subprocess.run(
@@ -934,7 +935,7 @@ def test_loading_takes_no_more_than_the_weights_and_the_largest_tensor(tmp_path)
     largest = 7 * 512 * 512 * 4  # linear1
     peaks = [map(int, line.split()) for line in done.stdout.splitlines()]
     for (_, dtype), (peak, weights) in zip(loads, peaks, strict=True):
-        assert weights > (36 if dtype == "bfloat16" else 72) * 2**20
+        assert weights > {"float32": 72, "bfloat16": 36, "int8": 18}[dtype] * 2**20
         assert weights * 0.9 < peak <= weights + largest + 8 * 2**20
     shutil.rmtree(tmp_path)  # 150 MB
 

@@ -582,7 +582,7 @@ def test_convert_writes_int8(fluxkern_at):
     assert is_int8(checkpoint.load_flux("int8.safetensors", int8=True))
     assert load_file("int8.safetensors")["single_blocks.0.linear1.weight"].dtype == torch.int8
     command = ("convert", "compact-base", "folder", "--to", "diffusers", "--dtype", "int8")
-    assert_refused(fluxkern_at(*command), 2, "dtype int8 is for a transformer to bfl")
+    assert_refused(fluxkern_at(*command), 2, "dtype int8 is for a transformer or T5 to bfl")
 
 
 def test_convert_writes_a_compact_model_by_its_name_in_both_layouts(fluxkern_at):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import quantised_files as make
 import torch
+from checkpoint_files import same_bits
 from safetensors.torch import load_file, save_file
 from tiny_flux import write_tiny_flux
 from torch import Tensor
@@ -101,6 +102,18 @@ def test_a_t5_becomes_int8_but_for_the_layers_with_outliers(root, state, tmp_pat
     out = t5(torch.tensor([[3, 1, 4, 1, 5]])).last_hidden_state
     assert out.dtype == torch.bfloat16
     assert 0 < (out.float() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_t5_is_written_in_int8_and_mapped(root, tmp_path):
+    path, folder = tmp_path / "t5.safetensors", root / "text_encoder_2"
+    convert(folder, path, "bfl", dtype="int8")
+    assert parts_in([path]) == {"text_encoder_2": path}
+    found, made = load_t5(path, folder, int8=True), load_t5(folder, folder, int8=True)
+    assert same_bits(found.state_dict(), made.state_dict())
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    assert torch.equal(found(ids).last_hidden_state, made(ids).last_hidden_state)
+    with pytest.raises(ValueError, match="holds no Flux|_class_name"):
+        convert(folder, tmp_path / "other.safetensors", "bfl")
 
 
 @pytest.mark.parametrize("kind", ["fp8", "scaled", "nf4"])

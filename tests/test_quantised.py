@@ -504,8 +504,13 @@ def test_int8_is_written_as_comfys_int8_tensorwise(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "to", "dtype", "message"),
     [
-        ("flux", "diffusers", "int8", "for a transformer to bfl, got a transformer to diffusers"),
-        ("vae", "bfl", "int8", "got an autoencoder"),
+        (
+            "flux",
+            "diffusers",
+            "int8",
+            "for a transformer or T5 to bfl, got transformer to diffusers",
+        ),
+        ("vae", "bfl", "int8", "got autoencoder to bfl"),
         ("flux", "bfl", "int4", "dtype must be 'int8' or None, got 'int4'"),
     ],
 )

@@ -12,11 +12,11 @@ from .configs import (
     require_text_to_image,
     variant,
 )
+from .convert import convert
 from .encoders import load_clip, load_t5, parts_in
 from .files import (
     INDEX,
     component_files,
-    convert,
     flux_config,
     load_autoencoder,
     load_flux,

@@ -461,14 +461,19 @@ def _save_folder(
 
 
 def _save_single(kind: _Kind, model: nn.Module, path: Path, dtype: torch.dtype | None) -> None:
-    if path.suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors for the format 'bfl', got {path}")
     # a single file has no config: what cannot be seen in the shapes would be lost
     state = comfy_state(model)
     seen = vars(kind.config_from_state({name: tuple(t.shape) for name, t in state.items()}))
     for name, value in vars(model.config).items():
         if seen[name] != value:
             raise ValueError(f"{name} in a single BFL file is {seen[name]}, got {value}")
+    write_single(path, state, dtype)
+
+
+def write_single(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Writes tensors as one .safetensors file; whole or not at all."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors for the format 'bfl', got {path}")
     write_files(path.parent, {path.name: partial(_write_tensors, state, dtype)})
 
 
@@ -531,34 +536,6 @@ def save_autoencoder(
 ) -> None:
     """Saves an autoencoder; arguments and errors are those of save_flux."""
     _save(AUTOENCODER, model, path, format, max_shard_size, dtype)
-
-
-def convert(src: str | Path, dst: str | Path, to: str, dtype: str | None = None) -> None:
-    """Writes a transformer's or an autoencoder's checkpoint again in the layout `to`.
-
-    Args:
-        src: a single BFL file or a diffusers component folder; which model it is, is read there.
-        dst: a folder for "diffusers", a .safetensors file for "bfl".
-        to: "diffusers" or "bfl".
-        dtype: "int8" quantises a transformer's blocks, for "bfl"; None keeps what is there.
-    Raises:
-        ValueError, OSError: as load_flux and save_flux.
-    """
-    if dtype not in (None, "int8"):
-        raise ValueError(f"dtype must be 'int8' or None, got {dtype!r:.80}")
-    src = Path(src)
-    if src.is_dir():
-        name = read_json(src / "config.json").get("_class_name")
-        autoencoder = name == configs.AUTOENCODER_CLASS
-    else:
-        autoencoder = "encoder.conv_in.weight" in read_header(src)
-    if dtype and (autoencoder or to != "bfl"):
-        found = "an autoencoder" if autoencoder else f"a transformer to {to}"
-        raise ValueError(f"dtype int8 is for a transformer to bfl, got {found}")
-    if autoencoder:
-        save_autoencoder(load_autoencoder(src), dst, format=to)
-    else:
-        save_flux(load_flux(src, int8=dtype == "int8"), dst, format=to)
 
 
 # where a checkpoint is
