@@ -94,15 +94,14 @@ class Check:
 
 def build(check: Check) -> list[Job]:
     """_C_cuda for this GPU alone; a dry run compiles nothing."""
-    environment = {"FLUXKERN_BUILD": "none"}
-    where = ("--build-lib", str(check.file("build")))
-    if not check.dry_run:
-        alone = not (bench.ROOT / "fluxkern/_C_cpu.so").exists()
-        architecture = check.capability + "a" * check.capability.startswith("9.")
-        environment = {"FLUXKERN_BUILD": "cuda-alone" if alone else "cuda"}
-        environment["TORCH_CUDA_ARCH_LIST"] = architecture
-        where = ("--inplace",)
-    command = (sys.executable, "setup.py", "--quiet", "build_ext", *where)
+    if check.dry_run:
+        return []
+    alone = not (bench.ROOT / "fluxkern/_C_cpu.so").exists()
+    environment = {
+        "FLUXKERN_BUILD": "cuda-alone" if alone else "cuda",
+        "TORCH_CUDA_ARCH_LIST": check.capability + "a" * check.capability.startswith("9."),
+    }
+    command = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
     return [Job("build", command, environment=environment)]
 
 
@@ -296,18 +295,22 @@ class Summary:
 
 
 def kept(file: Path | None, machine: dict[str, Any]) -> list[Row]:
-    """Rows of the jobs that passed in an earlier call, of this code on this GPU."""
+    """Rows of the jobs that passed in an earlier call, of this code on such a GPU; what it built
+    may be gone."""
     if file is None:
         return []
     found = json.loads(file.read_text())
-    for what in ("gpu", "source"):
-        if found["machine"][what] != machine[what]:
-            raise SystemExit(f"--resume must be of this {what}, got {found['machine'][what]}")
-    done = {(row["part"], row["job"]) for row in found["rows"] if row.get("status") == PASSED}
-    failed = {
-        (row["part"], row["job"]) for row in found["rows"] if row.get("status") in (FAILED, CUT)
-    }
-    return [row for row in found["rows"] if (row["part"], row["job"]) in done - failed]
+    was, here = ((m["source"], (m["gpu"] or {}).get("name")) for m in (found["machine"], machine))
+    if was != here:
+        raise SystemExit(
+            f"--resume must be of source {here[0]} on {here[1]}, got {was[0]}, {was[1]}"
+        )
+
+    def with_status(*wanted: str) -> set[tuple[str, str]]:
+        return {(r["part"], r["job"]) for r in found["rows"] if r.get("status") in wanted}
+
+    done = with_status(PASSED) - with_status(FAILED, CUT) - {("build", "build")}
+    return [row for row in found["rows"] if (row["part"], row["job"]) in done]
 
 
 def run(args: argparse.Namespace, check: Check, machine: dict[str, Any]) -> int:
@@ -315,17 +318,20 @@ def run(args: argparse.Namespace, check: Check, machine: dict[str, Any]) -> int:
     summary = Summary(check, machine, kept(args.resume, machine))
     done = {(row["part"], row["job"]) for row in summary.data["rows"]}
     cores = len(os.sched_getaffinity(0))
-    with check.file("log.txt").open("wb") as log:
-        jobs = Jobs(summary.add, log)
-        for name, part in PARTS.items():
-            if args.only and name not in args.only:
-                continue
-            waiting = [job for job in part.jobs(check) if (name, job.name) not in done]
-            share = 1.0 if check.dry_run else part.until / PLAN
-            until = start + min(share * args.budget, args.budget - 5)
-            jobs.run(name, waiting, until, 2 * cores if part.side_by_side else 1)
-            summary.end(name)
-    return summary.close()
+    try:
+        with check.file("log.txt").open("wb") as log:
+            jobs = Jobs(summary.add, log)
+            for name, part in PARTS.items():
+                if args.only and name not in args.only:
+                    continue
+                waiting = [job for job in part.jobs(check) if (name, job.name) not in done]
+                share = 1.0 if check.dry_run else part.until / PLAN
+                until = start + min(share * args.budget, args.budget - 5)
+                jobs.run(name, waiting, until, 2 * cores if part.side_by_side else 1)
+                summary.end(name)
+    finally:  # also of a check that is told to end
+        status = summary.close()
+    return status
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:

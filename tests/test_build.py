@@ -179,6 +179,13 @@ def test_cuda_needs_the_nvcc_of_cuda_home(project: Path):
     assert (project / "fluxkern/_C_cpu.so").exists()
 
 
+def test_cuda_alone_builds_no_cpu_kernels(project: Path):
+    done = build(project, FLUXKERN_BUILD="cuda-alone", CUDA_HOME="/no/such/cuda")
+    assert done.returncode != 0 and "/no/such/cuda/bin/nvcc not found" in done.stderr
+    assert "csrc/cpu" not in done.stdout
+    assert reason(project) == "FLUXKERN_BUILD=cuda-alone"
+
+
 @pytest.mark.parametrize(
     ("architecture", "codes"),
     {

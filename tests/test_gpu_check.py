@@ -301,10 +301,14 @@ def test_an_earlier_call_is_resumed_where_it_stopped(tmp_path: Path):
     for job, status in (("a", PASSED), ("b", FAILED), ("b", PASSED), ("c", CUT)):
         found.add({"part": "ops", "job": job, "figure": 1})
         found.add({"part": "ops", "job": job, "status": status})
+    found.add({"part": "build", "job": "build", "status": PASSED})
     file = tmp_path / "summary.json"
-    assert {row["job"] for row in gpu_check.kept(file, MACHINE)} == {"a"}
-    with pytest.raises(SystemExit, match="--resume must be of this source"):
+    warmer = MACHINE | {"gpu": MACHINE["gpu"] | {"clocks_and_power_limit": ["1980 MHz"]}}
+    assert {row["job"] for row in gpu_check.kept(file, warmer)} == {"a"}
+    with pytest.raises(SystemExit, match="--resume must be of source def on NVIDIA H200, got abc"):
         gpu_check.kept(file, MACHINE | {"source": "def"})
+    with pytest.raises(SystemExit, match="on None, got abc, NVIDIA H200"):
+        gpu_check.kept(file, MACHINE | {"gpu": None})
 
 
 def test_the_figures_are_those_that_were_promised_and_say_whether_they_are_kept():
@@ -371,10 +375,6 @@ def test_a_dry_run_passes_every_part_within_its_budget(tmp_path: Path):
     assert table.startswith("DRY RUN, NO GPU") and table in done.stdout
     assert len(table.splitlines()) < gpu_table.LINES
     assert_small(tmp_path)
-
-
-def finished(log: Path) -> list[str]:
-    return [line for line in log.read_text(errors="replace").splitlines() if line.startswith("$ ")]
 
 
 @pytest.mark.build
