@@ -319,7 +319,10 @@ def _config(folder: Path, transformer: Path) -> FluxConfig:
 
     if folder.is_file():
         checkpoint.read_header(folder)  # a LoRA and a pickle are refused by name
-        raise ValueError(f"--model must be a diffusers folder with its text encoders, got {folder}")
+        raise ValueError(
+            f"--model must be a diffusers folder with its text encoders, got {folder}; "
+            f"a file of weights is given by --weights"
+        )
     checkpoint.check_model_index(folder)
     return checkpoint.flux_config(transformer)
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -246,6 +246,8 @@ def fill(
 ) -> None:
     """Gives a model on the meta device its weights, tensor by tensor.
 
+    On a terminal a bar shows how far it is, where it takes longer than two seconds.
+
     Args:
         pieces: where the parts of each tensor are; tensors that they do not name stay as they are.
         stored: name in the file -> tensor, compared with the model before.
@@ -260,9 +262,8 @@ def fill(
     spoilt, maps = [], Maps()
     quantised = {f"{layer}.weight" for layer in int8}
     rotations: dict[str, int] = {}
-    for name, meta in model.state_dict().items():
-        if name not in parts:
-            continue
+    wanted = {name: meta for name, meta in model.state_dict().items() if name in parts}
+    for name, meta in _with_progress(wanted, f"loading {type(model).__name__}"):
         if name in quantised:
             entry = _kept(name, meta.shape, parts[name], stored)
             if entry is not None:
@@ -281,6 +282,17 @@ def fill(
     to_int8(model, int8).load_state_dict(state, assign=True, strict=False)
     for layer, rotation in rotations.items():
         model.get_submodule(layer).rotation = rotation
+
+
+def _with_progress(tensors: Mapping[str, Tensor], title: str) -> Iterator[tuple[str, Tensor]]:
+    from tqdm import tqdm
+
+    total = sum(t.numel() for t in tensors.values())
+    options = {"unit": "weights", "unit_scale": True, "delay": 2, "leave": False}
+    with tqdm(total=total, desc=title, disable=None, **options) as bar:
+        for name, tensor in tensors.items():
+            yield name, tensor
+            bar.update(tensor.numel())
 
 
 def _numbers(
