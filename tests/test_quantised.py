@@ -239,6 +239,19 @@ def test_an_all_in_one_file_gives_its_transformer_and_its_autoencoder(tmp_path):
     assert same_bits(load_autoencoder(path).state_dict(), dict(vae.state_dict()))
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_biases_and_norms_may_be_fp8_too(tmp_path, folder):
+    flux = make.model()
+    state = flux_to_diffusers(flux.state_dict()) if folder else dict(flux.state_dict())
+    codes = {name: tensor.to(make.E4M3).contiguous() for name, tensor in state.items()}
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(codes, path)
+    (tmp_path / "config.json").write_text(json.dumps(flux_config_to_diffusers(flux.config)))
+    found = load_flux(tmp_path if folder else path, dtype=torch.float32).state_dict()
+    found = flux_to_diffusers(found) if folder else found
+    assert same_bits(found, {name: tensor.float() for name, tensor in codes.items()})
+
+
 def test_norms_may_be_called_weight(tmp_path):
     flux = make.model()
     state = {re.sub(r"_norm\.scale$", "_norm.weight", n): t for n, t in flux.state_dict().items()}
