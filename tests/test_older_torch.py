@@ -17,7 +17,7 @@ LIBRARIES = [
     "cpu_library",
     *(
         pytest.param(name, marks=pytest.mark.skipif(NVCC is None, reason="no nvcc"))
-        for name in ("cuda_library", "host_library")
+        for name in ("cuda_library", "emulator_library")
     ),
 ]
 pytestmark = pytest.mark.build
