@@ -42,7 +42,8 @@ test-build: $(VENV)/.installed
 		tests/test_cuda_budgets.py tests/test_budgets.py tests/test_using_the_kernels.py
 
 sanitize: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m sanitize tests/test_sanitizers.py tests/test_cuda_attention.py tests/test_cuda_wgmma.py
+	$(BIN)/python -m pytest -q -m sanitize tests/test_sanitizers.py tests/test_cuda_attention.py \
+		tests/test_cuda_wgmma.py tests/test_files.py tests/test_fuzz_files.py
 
 # all suites into benchmarks/results/<machine>; SUITE="ops blocks" takes some
 bench: build

@@ -369,6 +369,8 @@ def test_a_hostile_transformer_config_is_refused_in_one_line(change, message):
         ({"block_out_channels": []}, "block_out_channels"),
         ({"scaling_factor": float("nan")}, "scaling_factor"),
         ({"scaling_factor": "0.36"}, "scaling_factor"),
+        ({"scaling_factor": 10**40}, "scaling_factor must be a finite number of at most 1e"),
+        ({"shift_factor": -1e7}, "shift_factor must be a finite number of at most 1e"),
         ({"norm_num_groups": 0}, "norm_num_groups"),
         ({"layers_per_block": 10**6}, "layers_per_block"),
         ({"surprise": 1}, "surprise"),

@@ -438,7 +438,7 @@ def test_t5_may_have_no_limit_of_its_own(broken):
     ]
     + [("tokenizer", "bos_token")],
 )
-@pytest.mark.parametrize("token", ["a new token", "a", "red</w>"])
+@pytest.mark.parametrize("token", ["a new token", "a", "red</w>", "\ud800", 7, None, {"a": 1}])
 def test_another_mark_is_refused_or_changes_nothing(broken, encoder, part, mark, token):
     change_config(broken / part / "tokenizer_config.json", **{mark: token})
     try:
@@ -453,13 +453,13 @@ def test_another_mark_is_refused_or_changes_nothing(broken, encoder, part, mark,
 
 def test_marks_of_the_encoder_that_the_tokenizer_does_not_set_are_refused(broken):
     change_config(broken / "text_encoder" / "config.json", eos_token_id=5)
-    refused(broken, r"tokenizer: its end mark is the token \d+, that of its encoder 5")
+    refused(broken, r"tokenizer: its eos_token is \d+, that of its encoder 5")
     change_config(broken / "text_encoder" / "config.json", eos_token_id=2)  # the highest token
     TextEncoder.from_folder(broken)
     change_config(broken / "text_encoder_2" / "config.json", eos_token_id=7)
-    refused(broken, "tokenizer_2: its end mark is the token 1, that of its encoder 7")
+    refused(broken, "tokenizer_2: its eos_token is 1, that of its encoder 7")
     change_config(broken / "text_encoder_2" / "config.json", eos_token_id=1, pad_token_id=9)
-    refused(broken, "tokenizer_2: its padding is the token 0, that of its encoder 9")
+    refused(broken, "tokenizer_2: its pad_token is 0, that of its encoder 9")
 
 
 def test_tokens_that_the_encoder_has_no_rows_for_are_refused(broken, folder):

@@ -1,6 +1,5 @@
 """Configurations in diffusers' config.json and in the shapes of BFL's files; FLUX.1's variants."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ FLUX_CLASS = "FluxTransformer2DModel"
 AUTOENCODER_CLASS = "AutoencoderKL"
 MAX_SIZE = 2**17
 MAX_DEPTH = 256
+MAX_FACTOR = 1e6  # of latents
 AXES_BY_HEAD_DIM = {128: (16, 56, 56), 64: (16, 24, 24)}
 
 # what diffusers takes where a field is not in the file
@@ -106,8 +106,10 @@ def _integers(data: Mapping[str, Any], name: str, high: int) -> tuple[int, ...]:
 
 def _number(data: Mapping[str, Any], name: str) -> float:
     value = data[name]
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{name} must be a finite number, got {value!r:.80}")
+    if type(value) not in (int, float) or not abs(value) <= MAX_FACTOR:
+        raise ValueError(
+            f"{name} must be a finite number of at most {MAX_FACTOR:g}, got {value!r:.80}"
+        )
     return float(value)
 
 

@@ -83,6 +83,7 @@ _T5_FIELDS = {
     "tie_word_embeddings": (bool, 0, 1),
     "vocab_size": _SIZE,
 }
+_DERIVED = ("dense_act_fn", "is_gated_act")  # from T5's feed_forward_proj
 _ALSO_STORED = {"embeddings.position_ids", "encoder.embed_tokens.weight"}  # by older writers
 
 
@@ -344,8 +345,10 @@ def _load_tokenizer(kind: type, folder: Path, config: Any, model: str) -> Any:
     _check_tokenizer_files(folder, model)
     with _short_errors(f"{folder}: cannot be loaded"):
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
-        ids = tokenizer("a").input_ids
-    _check_tokenizer(folder, tokenizer, config, ids)
+        ids, top = tokenizer("a").input_ids, max(tokenizer.get_vocab().values())
+        names = ("bos", "eos", "pad", "unk")
+        marks = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
+    _check_tokenizer(folder, config, top, marks, ids)
     return tokenizer
 
 
@@ -375,8 +378,8 @@ def _check_tokenizer_json(path: Path, kind: str) -> None:
     if kind == "Unigram" and not all(_is_piece(piece) for piece in model["vocab"]):
         raise ValueError(f"{path}: the vocab must be pairs of a text and a finite number")
     normalizer = data.get("normalizer")
-    normalizers = normalizer.get("normalizers", []) if isinstance(normalizer, dict) else []
-    for part in (normalizer, *normalizers):
+    inner = normalizer.get("normalizers") if isinstance(normalizer, dict) else None
+    for part in (normalizer, *(inner if isinstance(inner, list) else [])):
         if isinstance(part, dict) and "precompiled_charsmap" in part:
             _check_map(path, part["precompiled_charsmap"])
 
@@ -403,30 +406,31 @@ def _check_map(path: Path, text: object) -> None:
         raise ValueError(f"{path}: the precompiled_charsmap is damaged")
 
 
-def _check_tokenizer(folder: Path, tokenizer: Any, config: Any, ids: list[int]) -> None:
-    """Refuse a tokenizer whose tokens mean something else to its encoder, or nothing."""
-    top, rows = max(tokenizer.get_vocab().values()), config.vocab_size
+def _check_tokenizer(
+    folder: Path, config: Any, top: int, marks: dict[str, int | None], ids: list[int]
+) -> None:
+    """Refuse a tokenizer whose tokens mean something else to its encoder, or nothing.
+
+    `top` is its highest token, `ids` what it makes of "a".
+    """
+    clip, rows = config.model_type == CLIP_TYPE, config.vocab_size
     if max(top, *ids) >= rows:
         raise ValueError(f"{folder}: has tokens up to {max(top, *ids)}, its encoder has {rows}")
-    clip, eos = config.model_type == "clip_text_model", tokenizer.eos_token_id
-    marks = [tokenizer.bos_token_id, eos] if clip else [eos]
-    if ids[-1] != eos or (clip and ids[0] != marks[0]) or len(ids) <= len(marks):
-        raise ValueError(f"{folder}: must put {marks} around a text, got {ids} for 'a'")
-    if tokenizer.unk_token_id in (None, *ids[clip:-1]):
-        raise ValueError(f"{folder}: knows no letters, or has no token for what it does not know")
-    end = top if clip and config.eos_token_id == 2 else config.eos_token_id  # 2: as CLIP had it
-    if clip and config.eos_token_id != 2 and tokenizer.bos_token_id != config.bos_token_id:
-        raise ValueError(
-            f"{folder}: its first mark is the token {tokenizer.bos_token_id}, "
-            f"that of its encoder {config.bos_token_id}"
-        )
-    if eos != end:
-        raise ValueError(f"{folder}: its end mark is the token {eos}, that of its encoder {end}")
-    if tokenizer.pad_token_id is None or not clip and tokenizer.pad_token_id != config.pad_token_id:
-        raise ValueError(
-            f"{folder}: its padding is the token {tokenizer.pad_token_id}, "
-            f"that of its encoder {config.pad_token_id}"
-        )
+    around = [marks["bos"], marks["eos"]] if clip else [marks["eos"]]
+    if [*ids[:clip], ids[-1]] != around or len(ids) <= len(around):
+        raise ValueError(f"{folder}: must put {around} around a text, got {ids} for 'a'")
+    if marks["unk"] in (None, *ids[clip:-1]) or marks["pad"] is None:
+        raise ValueError(f"{folder}: knows no letters, or no padding or unknown token")
+    old = clip and config.eos_token_id == 2  # then the highest token is the end, as CLIP has it
+    wanted = {"eos": top if old else config.eos_token_id}
+    if not old:
+        name = "bos" if clip else "pad"
+        wanted[name] = getattr(config, f"{name}_token_id")
+    for name, token in wanted.items():
+        if marks[name] != token:
+            raise ValueError(
+                f"{folder}: its {name}_token is {marks[name]}, that of its encoder {token}"
+            )
 
 
 def _compared(part: str, folder: Path) -> Any:
@@ -452,6 +456,11 @@ def _empty(part: str, folder: Path, data: dict[str, Any]) -> Any:
         _check_number(folder, known, name, fields[name])
     with _short_errors(f"{folder}: cannot be loaded"):
         config = kind.config_class(**known)
+    for name in _DERIVED:
+        if data.get(name, getattr(config, name, None)) != getattr(config, name, None):
+            raise ValueError(
+                f"{folder}: {name} must be {getattr(config, name, None)!r}, got {data[name]!r:.80}"
+            )
     if model_type == T5_TYPE:
         _check_buckets(folder, config)
     elif config.hidden_size % config.num_attention_heads:
