@@ -43,7 +43,8 @@ test-build: $(VENV)/.installed
 
 sanitize: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -m sanitize tests/test_sanitizers.py tests/test_cuda_attention.py \
-		tests/test_cuda_wgmma.py tests/test_files.py tests/test_fuzz_files.py
+		tests/test_cuda_wgmma.py tests/test_guard_pages.py tests/test_files.py \
+		tests/test_fuzz_files.py
 
 # all suites into benchmarks/results/<machine>; SUITE="ops blocks" takes some
 bench: build

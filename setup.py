@@ -174,12 +174,15 @@ def cpu_library(torch: Torch) -> Library:
     command = [*compiler, *COMMON, *own_flags(), "-c"]
     x86 = platform.machine() in ("x86_64", "AMD64")
     sets = INSTRUCTION_SETS if x86 else {"baseline": []}
+    kernels = [
+        path for folder in ("cpu", "bench") for path in (ROOT / "csrc" / folder).glob("*.cpp")
+    ]
     units = [
         Unit(source, name, [*command, *flags, f"-DFLUXKERN_ISA={name}"])
-        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+        for source in sorted(kernels)
         for name, flags in sets.items()
     ]
-    units.append(Unit(ROOT / "csrc/bindings_cpu.cpp", "baseline", [*command, *torch.flags]))
+    units.append(Unit(ROOT / "csrc/bindings/cpu.cpp", "baseline", [*command, *torch.flags]))
     flags = [*COMMON, *own_flags()]
     about = {"compiler": version_of(*compiler), "flags": flags, "instruction_sets": sets}
     return Library("_C_cpu", units, [*compiler, *own_flags(), "-shared"], about)
@@ -197,7 +200,7 @@ def cuda_library(torch: Torch) -> Library:
         Unit(source, "+".join(archs), [*command, *gencodes])
         for source in [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/bindings/probe.cu"]
     ]
-    units.append(Unit(ROOT / "csrc/bindings_cuda.cpp", "host", binding))
+    units.append(Unit(ROOT / "csrc/bindings/cuda.cpp", "host", binding))
     about = {"compiler": version_of(nvcc), "flags": flags, "architectures": archs}
     link = [nvcc, *host, "-shared", "--cudart=static", "--no-device-link"]
     return Library("_C_cuda", units, link, about)
@@ -227,7 +230,7 @@ def emulator_library(torch: Torch) -> Library:
     command += ["-Wno-unknown-pragmas", "-Wno-psabi", "-c"]
     sources = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/emulator").glob("*.cpp")]
     units = [Unit(source, "emulator", [*command, "-x", "c++"]) for source in sorted(sources)]
-    binding = ROOT / "csrc/bindings_cuda.cpp"
+    binding = ROOT / "csrc/bindings/cuda.cpp"
     units.append(Unit(binding, "emulator", [*command, *torch.flags]))
     about = {"compiler": version_of(*compiler), "flags": [*COMMON, *own_flags()]}
     return Library("_C_cuda_emulator", units, [*compiler, *own_flags(), "-shared"], about)

@@ -12,13 +12,19 @@ struct Tokens {  // [B, L, C], last axis contiguous
     int64_t stride_b, stride_l;
 };
 
-struct Rows {  // [B, C], last axis contiguous; no data: a gradient that nobody asked for
+struct Rows {  // [B, C], last axis contiguous; no data: not asked for
     void* data;
     int64_t stride_b;
 };
 
+// [B, S, C], last axis contiguous: a row of text and one of image, or one of all with stride_s = 0.
+struct Vectors {
+    void* data;
+    int64_t stride_b, stride_s;
+};
+
 struct Sizes {
-    int64_t B, L, C, txt_len;  // the first txt_len tokens take the text vectors
+    int64_t B, L, C, txt_len;  // the first txt_len tokens are text, 0 where all share their vectors
 };
 
 }  // namespace fluxkern

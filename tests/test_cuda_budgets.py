@@ -22,7 +22,7 @@ def kernel_of(function: str) -> str:
     attention_kernel<128, 64>: D and keys of a tile."""
     name, arguments = re.search(r"\d([a-z_]+(?:_fp8)?_kernel)I(\S*?)Ev", function).groups()
     numbers = NUMBERS.findall(arguments)
-    if name == "sum_strips_kernel" or not numbers:
+    if name == "sum_partials_kernel" or not numbers:
         return name
     return f"{name}<{', '.join(numbers)}>"
 

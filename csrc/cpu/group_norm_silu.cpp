@@ -208,7 +208,7 @@ void backward_planes(const Images& dy, const Images& x, const void* weight, cons
 // channels-last: a row is a pixel; tables and sums [padded(C)] are in the order of T
 
 struct Tables {  // [B, 2, padded(C)] each
-    float *moments, *mean_rstd, *chunks, *sums, *means;
+    float *moments, *mean_rstd, *partials, *sums, *means;
 
     Tables(float* scratch, const ImageSizes& sizes) {
         const int64_t row = sizes.B * 2 * padded(sizes.C);
@@ -216,7 +216,7 @@ struct Tables {  // [B, 2, padded(C)] each
         mean_rstd = moments + sizes.B * blocks_of(sizes, STATISTICS_PIXELS) * sizes.groups * 2;
         sums = mean_rstd + row;
         means = sums + row;
-        chunks = means + row;  // [B, chunks, 2, padded(C)]
+        partials = means + row;  // [B, partials, 2, padded(C)]
     }
 };
 
@@ -355,18 +355,18 @@ void forward_rows(const Images& x, const void* weight, const void* bias, const I
             });
         }
     };
-    each_block_of_rows(context, sizes, pixels_of_a_chunk(sizes), body);
+    each_block_of_rows(context, sizes, pixels_of_a_partial(sizes), body);
 }
 
 // sums [B, 2, padded(C)] of dz n and dz over the pixels
 template <class T>
 void sum_gradients(const Context& context, const Images& dy, const Images& x, const void* weight,
                    const void* bias, const ImageSizes& sizes, const Tables& tables) {
-    const int64_t C = padded(sizes.C), pixels = pixels_of_a_chunk(sizes);
-    const int64_t chunks = blocks_of(sizes, pixels);
-    const auto body = [&](int64_t b, int64_t chunk, int64_t p, int64_t end) {
+    const int64_t C = padded(sizes.C), pixels = pixels_of_a_partial(sizes);
+    const int64_t partials = blocks_of(sizes, pixels);
+    const auto body = [&](int64_t b, int64_t at, int64_t p, int64_t end) {
         const AffineRow<T> affine(tables, weight, bias, b, sizes.C);
-        float *dz_n = tables.chunks + (b * chunks + chunk) * 2 * C, *dz_sum = dz_n + C;
+        float *dz_n = tables.partials + (b * partials + at) * 2 * C, *dz_sum = dz_n + C;
         __builtin_memset(dz_n, 0, 2 * C * sizeof(float));
         for (; p < end; ++p) {
             const T* row = row_of<const T>(x, b, p, sizes);
@@ -383,8 +383,8 @@ void sum_gradients(const Context& context, const Images& dy, const Images& x, co
     for (int64_t b = 0; b < sizes.B; ++b) {
         for (int64_t i = 0; i < 2 * C; i += WIDTH) {
             Vec sum = {};
-            for (int64_t c = 0; c < chunks; ++c) {
-                sum = sum + load(tables.chunks + (b * chunks + c) * 2 * C + i);
+            for (int64_t at = 0; at < partials; ++at) {
+                sum = sum + load(tables.partials + (b * partials + at) * 2 * C + i);
             }
             store(tables.sums + 2 * b * C + i, sum);
         }
@@ -437,7 +437,7 @@ void backward_rows(const Images& dy, const Images& x, const void* weight, const 
             });
         }
     };
-    each_block_of_rows(context, sizes, pixels_of_a_chunk(sizes), body);
+    each_block_of_rows(context, sizes, pixels_of_a_partial(sizes), body);
 }
 
 }  // namespace

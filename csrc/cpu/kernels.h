@@ -19,6 +19,8 @@
 
 namespace fluxkern::cpu {
 
+constexpr int64_t MOST_TOKENS = INT64_MAX;  // of all batch elements of a stream
+
 enum class Isa { baseline, avx2, avx512 };
 
 struct Context {
@@ -55,24 +57,22 @@ Kernel(void (*)(Args...), void (*)(Args...), void (*)(Args...)) -> Kernel<Args..
     [[maybe_unused]] constexpr Kernel name = {baseline::name, baseline::name, baseline::name};
 #endif
 
-FLUXKERN_KERNEL(norm_modulate, DType, Tokens x, Rows txt_scale, Rows txt_shift, Rows img_scale,
-                Rows img_shift, Tokens out, const Sizes&, float eps, const Context&)
-FLUXKERN_KERNEL(norm_modulate_backward, DType, Tokens dh, Tokens x, Rows txt_scale, Rows img_scale,
-                Tokens dx, Rows txt_dscale, Rows txt_dshift, Rows img_dscale, Rows img_dshift,
-                const Sizes&, float eps, float* scratch, const Context&)
-FLUXKERN_KERNEL(gated_residual, DType, Tokens x, Tokens y, Rows txt_gate, Rows img_gate,
-                Tokens x_new, const Sizes&, const Context&)
-FLUXKERN_KERNEL(gated_residual_backward, DType, Tokens dx_new, Tokens y, Rows txt_gate,
-                Rows img_gate, Tokens dy, Rows txt_dgate, Rows img_dgate, const Sizes&,
-                float* scratch, const Context&)
-FLUXKERN_KERNEL(gated_residual_norm_modulate, DType, Tokens x, Tokens y, Rows txt_gate,
-                Rows txt_scale, Rows txt_shift, Rows img_gate, Rows img_scale, Rows img_shift,
-                Tokens x_new, Tokens h, const Sizes&, float eps, const Context&)
+FLUXKERN_KERNEL(norm_modulate, DType, Tokens x, Vectors scale, Vectors shift, Tokens out,
+                const Sizes&, float eps, const Context&)
+FLUXKERN_KERNEL(norm_modulate_backward, DType, Tokens dh, Tokens x, Vectors scale, Tokens dx,
+                Vectors dscale, Vectors dshift, const Sizes&, float eps, float* scratch,
+                const Context&)
+FLUXKERN_KERNEL(gated_residual, DType, Tokens x, Tokens y, Vectors gate, Tokens x_new,
+                const Sizes&, const Context&)
+FLUXKERN_KERNEL(gated_residual_backward, DType, Tokens dx_new, Tokens y, Vectors gate, Tokens dy,
+                Vectors dgate, const Sizes&, float* scratch, const Context&)
+FLUXKERN_KERNEL(gated_residual_norm_modulate, DType, Tokens x, Tokens y, Vectors gate,
+                Vectors scale, Vectors shift, Tokens x_new, Tokens h, const Sizes&, float eps,
+                const Context&)
 FLUXKERN_KERNEL(gated_residual_norm_modulate_backward, DType, Tokens dx_new, Tokens dh,
-                Tokens x_new, Tokens y, Rows txt_gate, Rows txt_scale, Rows img_gate,
-                Rows img_scale, Tokens dx, Tokens dy, Rows txt_dgate, Rows txt_dscale,
-                Rows txt_dshift, Rows img_dgate, Rows img_dscale, Rows img_dshift, const Sizes&,
-                float eps, float* scratch, const Context&)
+                Tokens x_new, Tokens y, Vectors gate, Vectors scale, Tokens dx, Tokens dy,
+                Vectors dgate, Vectors dscale, Vectors dshift, const Sizes&, float eps,
+                float* scratch, const Context&)
 FLUXKERN_KERNEL(qk_norm_rope, DType, Heads txt_q, Heads txt_k, Heads txt_v, Heads img_q,
                 Heads img_k, Heads img_v, const void* txt_q_weight, const void* txt_k_weight,
                 const void* img_q_weight, const void* img_k_weight, Angles cos, Angles sin,
@@ -103,14 +103,14 @@ FLUXKERN_KERNEL(linear_int8, DType, Tokens x, Rows weight, const float* weight_s
                 const MatrixSizes&, const Context&)
 FLUXKERN_KERNEL(dequantise, DType, const StoredRows&, Rows out, float* largest, const Context&)
 FLUXKERN_KERNEL(requantise_int8, const StoredRows&, Rows out, float* scale, const Context&)
-FLUXKERN_KERNEL(stream_copy, const void* source, void* target, int64_t bytes, const Context&)
 
-// Tokens of one stream of one batch element, so many that no sum depends on the threads.
-struct Chunks {
-    int64_t rows, txt, img;  // tokens a chunk; chunks of a batch element's text and image
+// Sums over the tokens of a stream: each partial is of one stream of one batch element, and of so
+// many tokens that no sum depends on the threads.
+struct Partials {
+    int64_t rows, txt, img;  // tokens of each; how many of a batch element's text and image
 };
 
-static inline Chunks chunks_of(const Sizes& sizes) {
+static inline Partials partials_of(const Sizes& sizes) {
     const int64_t spread = sizes.B * sizes.L / 64, rows = spread < 16 ? 16 : spread;
     return {rows, (sizes.txt_len + rows - 1) / rows, (sizes.L - sizes.txt_len + rows - 1) / rows};
 }
@@ -120,28 +120,28 @@ static inline int64_t padded(int64_t C) {
     return (C + 31) / 32 * 32;
 }
 
-static inline int64_t chunk_sums(const Sizes& sizes, int64_t vectors) {
-    const Chunks chunks = chunks_of(sizes);
-    return sizes.B * (chunks.txt + chunks.img) * vectors * padded(sizes.C);
+static inline int64_t partial_floats(const Sizes& sizes, int64_t vectors) {
+    const Partials partials = partials_of(sizes);
+    return sizes.B * (partials.txt + partials.img) * vectors * padded(sizes.C);
 }
 
 static inline int64_t norm_modulate_backward_scratch(const Sizes& sizes, const Context&) {
-    return chunk_sums(sizes, 2);
+    return partial_floats(sizes, 2);
 }
 
 static inline int64_t gated_residual_backward_scratch(const Sizes& sizes, const Context&) {
-    return chunk_sums(sizes, 1);
+    return partial_floats(sizes, 1);
 }
 
 static inline int64_t gated_residual_norm_modulate_backward_scratch(const Sizes& sizes,
                                                                     const Context&) {
-    return chunk_sums(sizes, 3);
+    return partial_floats(sizes, 3);
 }
 
 // Blocks of pixels of a channels-last picture: of a fixed number, and so many that few are left.
 constexpr int64_t STATISTICS_PIXELS = 64;
 
-static inline int64_t pixels_of_a_chunk(const ImageSizes& sizes) {
+static inline int64_t pixels_of_a_partial(const ImageSizes& sizes) {
     return sizes.P / 64 < STATISTICS_PIXELS ? STATISTICS_PIXELS : sizes.P / 64;
 }
 
@@ -159,8 +159,8 @@ static inline int64_t group_norm_silu_backward_scratch(const ImageSizes& sizes,
                                                        const Context& context) {
     const int64_t a_row_each = sizes.B * 2 * padded(sizes.C);
     if (!sizes.channels_last) return a_row_each;
-    const int64_t chunks = blocks_of(sizes, pixels_of_a_chunk(sizes));
-    return group_norm_silu_scratch(sizes, context) + (2 + chunks) * a_row_each;
+    const int64_t partials = blocks_of(sizes, pixels_of_a_partial(sizes));
+    return group_norm_silu_scratch(sizes, context) + (2 + partials) * a_row_each;
 }
 
 // Of an attention that norms and rotates: the angles, a row a token.
@@ -173,7 +173,7 @@ static inline int64_t modulation_scratch(const MatrixSizes& sizes, const Context
 }
 
 static inline int64_t qk_norm_rope_backward_scratch(const HeadSizes& sizes, const Context&) {
-    return chunk_sums({sizes.B, sizes.L, sizes.D, sizes.txt_len}, 2);
+    return partial_floats({sizes.B, sizes.L, sizes.D, sizes.txt_len}, 2);
 }
 
 }  // namespace fluxkern::cpu

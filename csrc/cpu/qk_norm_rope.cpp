@@ -1,5 +1,5 @@
 // RMSNorm of q and k over the head dim, pairs (2i, 2i+1) rotated, v copied beside them; backward.
-// Parallel: forward over tokens; backward over chunks of tokens of one stream.
+// Parallel: forward over tokens; backward over spans of tokens of one stream.
 // Bytes: forward 4 B L H D elements, 6 with v; backward 6 B L H D; the table once a token.
 // Accumulation: fp32, rounded once; gradients of the weights summed in a fixed order.
 // Limits: D even; heads that are no multiple of a vector or misaligned go through the caches.
@@ -178,19 +178,19 @@ FLUXKERN_INLINE void norm_rope_backward(const T* dy, const T* x, const T* weight
     });
 }
 
-// The sums of a stream over the chunks of all batch elements, in order.
+// The partials of a stream of all batch elements, in order.
 template <class T>
-void add_weight_chunks(const float* sums, const Chunks& chunks, const HeadSizes& sizes, bool txt,
-                       int which, void* dweight) {
+void sum_weight_partials(const float* sums, const Partials& partials, const HeadSizes& sizes,
+                         bool txt, int which, void* dweight) {
     if (dweight == nullptr) return;
-    const int64_t each = chunks.txt + chunks.img, D = padded(sizes.D);
-    const int64_t first = txt ? 0 : chunks.txt, end = txt ? chunks.txt : each;
+    const int64_t each = partials.txt + partials.img, D = padded(sizes.D);
+    const int64_t first = txt ? 0 : partials.txt, end = txt ? partials.txt : each;
     const Out<T> out = {static_cast<T*>(dweight), false};
     each_vec<T>(sizes.D, [&](int64_t i, int, auto part) {
         Vec sum = {};
         for (int64_t b = 0; b < sizes.B; ++b) {
-            for (int64_t c = first; c < end; ++c) {
-                sum = sum + load(sums + ((b * each + c) * 2 + which) * D + i);
+            for (int64_t p = first; p < end; ++p) {
+                sum = sum + load(sums + ((b * each + p) * 2 + which) * D + i);
             }
         }
         out.store(i, sum, part);
@@ -214,10 +214,10 @@ void qk_norm_rope_backward(DType dtype, Heads dq_out, Heads dk_out, Heads txt_q,
         };
         const bool streaming_txt = streams_both(txt_dq, txt_dk);
         const bool streaming_img = streams_both(img_dq, img_dk);
-        const auto backward = [&](const Chunk& chunk, float* sums) {
+        const auto backward = [&](const Span& span, float* sums) {
             const Buffer table(sizes.D), head(sizes.D);
-            const auto [b, first, txt] = chunk.first;
-            for (int64_t at = first; at < chunk.end; ++at) {
+            const auto [b, first, txt] = span.first;
+            for (int64_t at = first; at < span.end; ++at) {
                 const Rotation rotation = rotation_of(cos, sin, at, sizes.D, table.data);
                 const int64_t l = txt ? at : at - sizes.txt_len;
                 const auto rotate_back = [&](const Heads& dy, const Heads& x, const void* weight,
@@ -238,12 +238,12 @@ void qk_norm_rope_backward(DType dtype, Heads dq_out, Heads dk_out, Heads txt_q,
                             txt ? txt_dk : img_dk, sums + padded(sizes.D));
             }
         };
-        each_chunk<2>(context, sum_sizes, sizes.H * sizes.D, scratch, backward);
-        const Chunks chunks = chunks_of(sum_sizes);
-        add_weight_chunks<T>(scratch, chunks, sizes, true, 0, txt_dq_weight);
-        add_weight_chunks<T>(scratch, chunks, sizes, true, 1, txt_dk_weight);
-        add_weight_chunks<T>(scratch, chunks, sizes, false, 0, img_dq_weight);
-        add_weight_chunks<T>(scratch, chunks, sizes, false, 1, img_dk_weight);
+        each_partial<2>(context, sum_sizes, sizes.H * sizes.D, scratch, backward);
+        const Partials partials = partials_of(sum_sizes);
+        sum_weight_partials<T>(scratch, partials, sizes, true, 0, txt_dq_weight);
+        sum_weight_partials<T>(scratch, partials, sizes, true, 1, txt_dk_weight);
+        sum_weight_partials<T>(scratch, partials, sizes, false, 0, img_dq_weight);
+        sum_weight_partials<T>(scratch, partials, sizes, false, 1, img_dk_weight);
     });
 }
 

@@ -24,6 +24,11 @@ const T* row_of(const Rows& x, int64_t b) {
 }
 
 template <class T>
+const T* row_of(const Vectors& x, const Place& at) {
+    return static_cast<const T*>(x.data) + at.b * x.stride_b + (at.txt ? 0 : x.stride_s);
+}
+
+template <class T>
 Out<T> out_of(const Tokens& x, const Place& at, bool streaming) {
     return {static_cast<T*>(x.data) + at.b * x.stride_b + at.l * x.stride_l, streaming};
 }
@@ -72,31 +77,31 @@ FLUXKERN_INLINE void overlapped(int64_t C, bool starts, bool finishes, const Sta
     });
 }
 
-// sums over the tokens of a stream: one row of partial sums a chunk, added in order
+// sums over the tokens of a stream: partials, added in order
 
-struct Chunk {
+struct Span {  // the tokens of a partial
     Place first;
     int64_t end;  // token
 };
 
-// body(Chunk, sums [N, padded(C)]) for every chunk; a token takes `work` elements.
+// body(Span, sums [N, padded(C)]) for every partial; a token takes `work` elements.
 template <int N, class Body>
-void each_chunk(const Context& context, const Sizes& sizes, int64_t work, float* scratch,
-                const Body& body) {
-    const Chunks chunks = chunks_of(sizes);
-    const int64_t each = chunks.txt + chunks.img, C = padded(sizes.C);
-    const int64_t grain = GRAIN / (chunks.rows * (work + 1)) + 1;
+void each_partial(const Context& context, const Sizes& sizes, int64_t work, float* scratch,
+                  const Body& body) {
+    const Partials partials = partials_of(sizes);
+    const int64_t each = partials.txt + partials.img, C = padded(sizes.C);
+    const int64_t grain = GRAIN / (partials.rows * (work + 1)) + 1;
     parallel(context, sizes.B * each, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t b = i / each, c = i % each;
-            const bool txt = c < chunks.txt;
+            const int64_t b = i / each, p = i % each;
+            const bool txt = p < partials.txt;
             const int64_t border = txt ? sizes.txt_len : sizes.L;
-            const int64_t l = txt ? c * chunks.rows
-                                  : sizes.txt_len + (c - chunks.txt) * chunks.rows;
-            const int64_t last = l + chunks.rows < border ? l + chunks.rows : border;
+            const int64_t l = txt ? p * partials.rows
+                                  : sizes.txt_len + (p - partials.txt) * partials.rows;
+            const int64_t last = l + partials.rows < border ? l + partials.rows : border;
             float* sums = scratch + i * N * C;
             __builtin_memset(sums, 0, N * C * sizeof(float));
-            body(Chunk{{b, l, txt}, last}, sums);
+            body(Span{{b, l, txt}, last}, sums);
         }
     });
 }
@@ -105,43 +110,41 @@ template <int R>
 struct Group {};
 constexpr int GROUP = 4;
 
-// body(Group<R>, Place of the first, sums) for groups of R tokens of every chunk, so that vectors
+// body(Group<R>, Place of the first, sums) for groups of R tokens of every partial, so that vectors
 // and sums are read and written once a group.
 template <int N, class Body>
 void each_group(const Context& context, const Sizes& sizes, float* scratch, const Body& body) {
-    each_chunk<N>(context, sizes, sizes.C, scratch, [&](const Chunk& chunk, float* sums) {
-        Place at = chunk.first;
-        for (; at.l + GROUP <= chunk.end; at.l += GROUP) body(Group<GROUP>{}, at, sums);
-        for (; at.l < chunk.end; ++at.l) body(Group<1>{}, at, sums);
+    each_partial<N>(context, sizes, sizes.C, scratch, [&](const Span& span, float* sums) {
+        Place at = span.first;
+        for (; at.l + GROUP <= span.end; at.l += GROUP) body(Group<GROUP>{}, at, sums);
+        for (; at.l < span.end; ++at.l) body(Group<1>{}, at, sums);
     });
 }
 
+// The N gradients of vectors; one row of all tokens is that of the image.
 template <class T, int N>
-void add_chunks(const Context& context, const Sizes& sizes, const float* scratch,
-                const Rows (&txt)[N], const Rows (&img)[N]) {
+void sum_partials(const Context& context, const Sizes& sizes, const float* scratch,
+                  const Vectors (&out)[N]) {
     constexpr int64_t TILE = 2 * WIDTH;
-    const Chunks chunks = chunks_of(sizes);
-    const int64_t tiles = (sizes.C + TILE - 1) / TILE, each = chunks.txt + chunks.img;
-    const int64_t C = padded(sizes.C);
-    parallel(context, sizes.B * 2 * N * tiles, GRAIN / (TILE * (each + 1)) + 1,
+    const Partials partials = partials_of(sizes);
+    const int64_t tiles = (sizes.C + TILE - 1) / TILE, each = partials.txt + partials.img;
+    const int64_t C = padded(sizes.C), streams = out[0].stride_s == 0 ? 1 : 2;
+    parallel(context, sizes.B * streams * N * tiles, GRAIN / (TILE * (each + 1)) + 1,
              [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) {
-                     const int64_t b = i / (2 * N * tiles), n = i / tiles % N, tile = i % tiles;
-                     const bool of_txt = i / (N * tiles) % 2 == 0;
-                     const Rows& rows = of_txt ? txt[n] : img[n];
-                     if (rows.data == nullptr) continue;
-                     const int64_t first_chunk = of_txt ? 0 : chunks.txt;
-                     const int64_t end_chunk = of_txt ? chunks.txt : each;
-                     const int64_t column = tile * TILE, left = sizes.C - column;
+                     const int64_t b = i / (streams * N * tiles), n = i / tiles % N;
+                     const int64_t column = i % tiles * TILE, left = sizes.C - column;
+                     const bool txt = streams == 2 && i / (N * tiles) % 2 == 0;
+                     const int64_t first = txt ? 0 : partials.txt;
+                     const int64_t last = txt ? partials.txt : each;
                      const float* sums = scratch + (b * each * N + n) * C + column;
-                     const Out<T> out = {
-                         static_cast<T*>(rows.data) + b * rows.stride_b + column, false};
+                     T* const row = const_cast<T*>(row_of<T>(out[n], {b, 0, txt}));
                      each_vec<T>(left < TILE ? left : TILE, [&](int64_t j, int, auto part) {
                          Vec sum = {};
-                         for (int64_t c = first_chunk; c < end_chunk; ++c) {
-                             sum = sum + load(sums + c * N * C + j);
+                         for (int64_t p = first; p < last; ++p) {
+                             sum = sum + load(sums + p * N * C + j);
                          }
-                         out.store(j, sum, part);
+                         Out<T>{row + column, false}.store(j, sum, part);
                      });
                  }
              });

@@ -195,6 +195,11 @@ __device__ T* row_of(const Rows& x, int64_t b) {
     return static_cast<T*>(x.data) + b * x.stride_b;
 }
 
+template <class T>
+__device__ T* row_of(const Vectors& x, int64_t b, bool txt) {
+    return static_cast<T*>(x.data) + b * x.stride_b + (txt ? 0 : x.stride_s);
+}
+
 // sums
 
 // Shared memory: one struct a kernel, of the size given at the launch.
@@ -244,6 +249,10 @@ inline bool at_16_bytes(const void* data, std::initializer_list<int64_t> strides
 
 inline bool at_16_bytes(const Rows& x, DType dtype) {
     return at_16_bytes(x.data, {x.stride_b}, dtype);
+}
+
+inline bool at_16_bytes(const Vectors& x, DType dtype) {
+    return at_16_bytes(x.data, {x.stride_b, x.stride_s}, dtype);
 }
 
 inline bool at_16_bytes(const Tokens& x, DType dtype) {

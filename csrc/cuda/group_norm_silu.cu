@@ -4,7 +4,7 @@
 // Bytes: forward 2 B C P elements, and x once more for the statistics; backward 3, and x, x, dy.
 // Accumulation: fp32; tiles in two passes over registers, merged as Chan et al.; in a fixed order.
 // Limits: pictures contiguous or channels-last; single elements unless P, or C there, is 8 n.
-#include "strips.cuh"
+#include "partials.cuh"
 
 namespace fluxkern::cuda {
 namespace {
@@ -604,8 +604,8 @@ cudaError_t group_norm_silu_backward(DType dtype, Images dy, Images x, const voi
                        sizeof(BlockSlots), partial, w, totals, means, runs.count,
                        groups_of(sizes));
         if (error != cudaSuccess) return error;
-        const Strips pictures = {1, 0, int(sizes.B)};
-        error = sum_strips<T, 2>(context, totals, pictures,
+        const Partials pictures = {1, 0, int(sizes.B)};
+        error = sum_partials<T, 2>(context, totals, pictures,
                                  {{}, {{dweight, sizes.C}, {dbias, sizes.C}}}, 1, 1, sizes.C);
         if (error != cudaSuccess) return error;
         const Runs written = runs_to_write(sizes, W);

@@ -23,43 +23,39 @@ struct Context {
     int shared_memory = 100 << 10;  // bytes of one of them
 };
 
-// Streams: tokens before txt_len take the vectors txt_*, the others img_*. A gradient of a stream
-// without data is not asked for. `scratch`: as many floats as <op>_scratch says.
+constexpr int64_t MOST_TOKENS = INT32_MAX;  // of all batch elements of a stream
 
-cudaError_t norm_modulate(DType dtype, Tokens x, Rows txt_scale, Rows txt_shift, Rows img_scale,
-                          Rows img_shift, Tokens out, Sizes sizes, float eps,
-                          const Context& context);
+// `scratch`: as many floats as <op>_scratch says.
+
+cudaError_t norm_modulate(DType dtype, Tokens x, Vectors scale, Vectors shift, Tokens out,
+                          Sizes sizes, float eps, const Context& context);
 
 int64_t norm_modulate_backward_scratch(Sizes sizes, const Context& context);
 
-cudaError_t norm_modulate_backward(DType dtype, Tokens dh, Tokens x, Rows txt_scale, Rows img_scale,
-                                   Tokens dx, Rows txt_dscale, Rows txt_dshift, Rows img_dscale,
-                                   Rows img_dshift, Sizes sizes, float eps, float* scratch,
-                                   const Context& context);
+cudaError_t norm_modulate_backward(DType dtype, Tokens dh, Tokens x, Vectors scale, Tokens dx,
+                                   Vectors dscale, Vectors dshift, Sizes sizes, float eps,
+                                   float* scratch, const Context& context);
 
-cudaError_t gated_residual(DType dtype, Tokens x, Tokens y, Rows txt_gate, Rows img_gate,
-                           Tokens out, Sizes sizes, const Context& context);
+cudaError_t gated_residual(DType dtype, Tokens x, Tokens y, Vectors gate, Tokens out, Sizes sizes,
+                           const Context& context);
 
 int64_t gated_residual_backward_scratch(Sizes sizes, const Context& context);
 
-cudaError_t gated_residual_backward(DType dtype, Tokens dx_new, Tokens y, Rows txt_gate,
-                                    Rows img_gate, Tokens dy, Rows txt_dgate, Rows img_dgate,
-                                    Sizes sizes, float* scratch, const Context& context);
+cudaError_t gated_residual_backward(DType dtype, Tokens dx_new, Tokens y, Vectors gate, Tokens dy,
+                                    Vectors dgate, Sizes sizes, float* scratch,
+                                    const Context& context);
 
-cudaError_t gated_residual_norm_modulate(DType dtype, Tokens x, Tokens y, Rows txt_gate,
-                                         Rows txt_scale, Rows txt_shift, Rows img_gate,
-                                         Rows img_scale, Rows img_shift, Tokens x_new, Tokens h,
+cudaError_t gated_residual_norm_modulate(DType dtype, Tokens x, Tokens y, Vectors gate,
+                                         Vectors scale, Vectors shift, Tokens x_new, Tokens h,
                                          Sizes sizes, float eps, const Context& context);
 
 int64_t gated_residual_norm_modulate_backward_scratch(Sizes sizes, const Context& context);
 
 cudaError_t gated_residual_norm_modulate_backward(DType dtype, Tokens dx_new, Tokens dh,
-                                                  Tokens x_new, Tokens y, Rows txt_gate,
-                                                  Rows txt_scale, Rows img_gate, Rows img_scale,
-                                                  Tokens dx, Tokens dy, Rows txt_dgate,
-                                                  Rows txt_dscale, Rows txt_dshift, Rows img_dgate,
-                                                  Rows img_dscale, Rows img_dshift, Sizes sizes,
-                                                  float eps, float* scratch,
+                                                  Tokens x_new, Tokens y, Vectors gate,
+                                                  Vectors scale, Tokens dx, Tokens dy,
+                                                  Vectors dgate, Vectors dscale, Vectors dshift,
+                                                  Sizes sizes, float eps, float* scratch,
                                                   const Context& context);
 
 // Text and image of q and k, and v copied beside them unless it has no data; k alone where the new
@@ -114,7 +110,7 @@ cudaError_t gelu_tanh_backward(DType dtype, Tokens dy, Tokens x, Tokens dx, Size
 
 // Rows in e4m3: out [B, L, C] bytes and row_scale [B, L], out * row_scale is the result.
 
-cudaError_t norm_modulate_fp8(DType dtype, Tokens x, Rows scale, Rows shift, Tokens out,
+cudaError_t norm_modulate_fp8(DType dtype, Tokens x, Vectors scale, Vectors shift, Tokens out,
                               float* row_scale, Sizes sizes, float eps, const Context& context);
 
 cudaError_t gelu_tanh_fp8(DType dtype, Tokens x, Tokens out, float* row_scale, Sizes sizes,

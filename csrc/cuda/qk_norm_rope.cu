@@ -1,11 +1,11 @@
 // q and k: RMSNorm over D, times a weight, pairs (2i, 2i + 1) rotated, in place or text and image as
 // one sequence with v copied beside them; and the backward.
-// Grid: a warp a token of q, of k or of v, over all heads; backward a block a strip of tokens.
+// Grid: a warp a token of q, of k or of v, over all heads; backward a block a span of tokens.
 // Bytes: forward 2 B L H D elements for each of q, k (and v); backward 3; the angles once for each.
 // Accumulation: fp32, one rounding; weight gradients in a fixed order.
 // Limits: B * L < 2^29; D of 8, 16, ... 256 and aligned by vectors, any even D pair by pair.
 #include "heads.cuh"
-#include "strips.cuh"
+#include "partials.cuh"
 
 namespace fluxkern::cuda {
 namespace {
@@ -123,15 +123,15 @@ struct BackwardJob {  // one of q, k
     const void *txt_weight, *img_weight;
 };
 
-struct BackwardStream {  // of one strip
+struct BackwardStream {  // of one span
     Heads dout, x, dx;
     const void* weight;
     int64_t skipped;  // tokens of the joint sequence in front of the stream
 };
 
-__device__ inline BackwardStream stream_of(const BackwardJob& job, const Strip& strip,
+__device__ inline BackwardStream stream_of(const BackwardJob& job, const Span& span,
                                            const HeadSizes& sizes) {
-    if (strip.txt) return {job.dout, job.txt, job.txt_dx, job.txt_weight, 0};
+    if (span.txt) return {job.dout, job.txt, job.txt_dx, job.txt_weight, 0};
     return {job.dout, job.img, job.img_dx, job.img_weight, sizes.txt_len};
 }
 
@@ -159,7 +159,7 @@ struct WeightStorage {
     float sums[WARPS][WARP * WIDTH];  // a D of 256 at most
 };
 
-// The sums of a strip's lanes that hold the same columns, in order, to [D] of scratch.
+// The sums of a span's lanes that hold the same columns, in order, to [D] of scratch.
 __device__ inline void write_weight_sums(Vec sums, int lanes, float* partial) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     for (int bits = lanes; bits < WARP; bits *= 2) {
@@ -178,18 +178,18 @@ __device__ inline void write_weight_sums(Vec sums, int lanes, float* partial) {
 }
 
 template <class T>
-__device__ void backward_by_vectors(const BackwardStream& s, const Strip& strip,
+__device__ void backward_by_vectors(const BackwardStream& s, const Span& span,
                                     const Angles& cos, const Angles& sin, const HeadSizes& sizes,
                                     float eps, float* partial) {
     const int H = int(sizes.H), lanes = int(sizes.D) / WIDTH, heads = WARP / lanes;
     const int lane = threadIdx.x % WARP, column = lane % lanes * WIDTH;
     const T* weight = static_cast<const T*>(s.weight) + column;
     Vec sums = {};
-    for (int l = strip.first + threadIdx.x / WARP; l < strip.end; l += WARPS) {
+    for (int l = span.first + threadIdx.x / WARP; l < span.end; l += WARPS) {
         const Rotation rotation = rotation_of(cos, sin, l, column / 2);
-        const T* dout = head_of<const T>(s.dout, strip.b, l, 0) + column;
-        const T* x = head_of<const T>(s.x, strip.b, l - s.skipped, 0) + column;
-        T* const dx = head_of<T>(s.dx, strip.b, l - s.skipped, 0) + column;
+        const T* dout = head_of<const T>(s.dout, span.b, l, 0) + column;
+        const T* x = head_of<const T>(s.x, span.b, l - s.skipped, 0) + column;
+        T* const dx = head_of<T>(s.dx, span.b, l - s.skipped, 0) + column;
         for (int h0 = 0; h0 < H; h0 += heads) {
             const int64_t h = h0 + lane / lanes;
             const Vec products = backward_of_head<T>(
@@ -203,17 +203,17 @@ __device__ void backward_by_vectors(const BackwardStream& s, const Strip& strip,
 
 // One warp a block; a lane adds to its own elements of scratch.
 template <class T>
-__device__ void backward_by_pairs(const BackwardStream& s, const Strip& strip, const Angles& cos,
+__device__ void backward_by_pairs(const BackwardStream& s, const Span& span, const Angles& cos,
                                   const Angles& sin, const HeadSizes& sizes, float eps,
                                   float* partial) {
     const T* weight = static_cast<const T*>(s.weight);
     const int pairs = int(sizes.D) / 2;
     for (int i = threadIdx.x; i < pairs; i += WARP) partial[2 * i] = partial[2 * i + 1] = 0;
-    for (int64_t row = 0; row < (strip.end - strip.first) * sizes.H; ++row) {
-        const int64_t l = strip.first + row / sizes.H, h = row % sizes.H;
-        const T* dout = head_of<const T>(s.dout, strip.b, l, h);
-        const T* x = head_of<const T>(s.x, strip.b, l - s.skipped, h);
-        T* const dx = head_of<T>(s.dx, strip.b, l - s.skipped, h);
+    for (int64_t row = 0; row < (span.end - span.first) * sizes.H; ++row) {
+        const int64_t l = span.first + row / sizes.H, h = row % sizes.H;
+        const T* dout = head_of<const T>(s.dout, span.b, l, h);
+        const T* x = head_of<const T>(s.x, span.b, l - s.skipped, h);
+        T* const dx = head_of<T>(s.dx, span.b, l - s.skipped, h);
         const auto back = [&](int i) {
             return rotated(make_float2(float(dout[2 * i]), float(dout[2 * i + 1])),
                            angle_of(cos, l, i), -angle_of(sin, l, i));
@@ -241,14 +241,14 @@ __device__ void backward_by_pairs(const BackwardStream& s, const Strip& strip, c
 template <class T, bool VECTORS>
 __global__ void __launch_bounds__(WARPS * WARP, 4)
     qk_norm_rope_backward_kernel(BackwardJob q, BackwardJob k, Angles cos, Angles sin,
-                                 HeadSizes sizes, Strips strips, float eps, float* scratch) {
-    const Strip strip =
-        strip_of(blockIdx.x / 2, strips, {sizes.B, sizes.L, sizes.D, sizes.txt_len});
+                                 HeadSizes sizes, Partials partials, float eps, float* scratch) {
+    const Span span =
+        span_of(blockIdx.x / 2, partials, {sizes.B, sizes.L, sizes.D, sizes.txt_len});
     const BackwardStream s =
-        blockIdx.x % 2 == 0 ? stream_of(q, strip, sizes) : stream_of(k, strip, sizes);
+        blockIdx.x % 2 == 0 ? stream_of(q, span, sizes) : stream_of(k, span, sizes);
     float* const partial = scratch + int64_t(blockIdx.x) * sizes.D;
-    if constexpr (VECTORS) backward_by_vectors<T>(s, strip, cos, sin, sizes, eps, partial);
-    if constexpr (!VECTORS) backward_by_pairs<T>(s, strip, cos, sin, sizes, eps, partial);
+    if constexpr (VECTORS) backward_by_vectors<T>(s, span, cos, sin, sizes, eps, partial);
+    if constexpr (!VECTORS) backward_by_pairs<T>(s, span, cos, sin, sizes, eps, partial);
 }
 
 template <class Launch>
@@ -259,8 +259,8 @@ cudaError_t with_elements(DType dtype, bool vectors, Launch launch) {
     });
 }
 
-Strips head_strips(const HeadSizes& sizes, const Context& context) {
-    return strips_of({sizes.B, sizes.L, sizes.D, sizes.txt_len}, context);
+Partials head_partials(const HeadSizes& sizes, const Context& context) {
+    return partials_of({sizes.B, sizes.L, sizes.D, sizes.txt_len}, context);
 }
 
 }  // namespace
@@ -285,7 +285,7 @@ cudaError_t qk_norm_rope(DType dtype, Heads txt_q, Heads txt_k, Heads txt_v, Hea
 }
 
 int64_t qk_norm_rope_backward_scratch(HeadSizes sizes, const Context& context) {
-    return head_strips(sizes, context).in_all(sizes.B) * 2 * sizes.D;
+    return head_partials(sizes, context).in_all(sizes.B) * 2 * sizes.D;
 }
 
 cudaError_t qk_norm_rope_backward(DType dtype, Heads dq_out, Heads dk_out, Heads txt_q, Heads txt_k,
@@ -302,16 +302,16 @@ cudaError_t qk_norm_rope_backward(DType dtype, Heads dq_out, Heads dk_out, Heads
         lanes_hold(sizes.D) &&
         aligned(dtype, dq_out, dk_out, txt_q, txt_k, img_q, img_k, txt_dq, txt_dk, img_dq, img_dk,
                 txt_q_weight, txt_k_weight, img_q_weight, img_k_weight);
-    const Strips strips = head_strips(sizes, context);
+    const Partials partials = head_partials(sizes, context);
     const StreamGradients<2> weights = {{{txt_dq_weight, 0}, {txt_dk_weight, 0}},
                                         {{img_dq_weight, 0}, {img_dk_weight, 0}}};
     return with_elements(dtype, vectors, [&]<class T, bool VECTORS>() {
         const cudaError_t error =
-            launch(context, qk_norm_rope_backward_kernel<T, VECTORS>, strips.in_all(sizes.B) * 2,
+            launch(context, qk_norm_rope_backward_kernel<T, VECTORS>, partials.in_all(sizes.B) * 2,
                    VECTORS ? WARPS * WARP : WARP, sizeof(WeightStorage), q, k, cos, sin, sizes,
-                   strips, eps, scratch);
+                   partials, eps, scratch);
         if (error != cudaSuccess) return error;
-        return sum_strips<T>(context, scratch, strips, weights, sizes.B, 1, sizes.D);
+        return sum_partials<T>(context, scratch, partials, weights, sizes.B, 1, sizes.D);
     });
 }
 

@@ -123,9 +123,11 @@ inline Tokens fp8_tokens(Buffers& buffers, const Shape& s) {
     return {buffers.take_fp8(s.B * s.L * s.C), s.L * s.C, s.C};
 }
 
-inline Rows rows(Buffers& buffers, const Shape& s, bool filled = true) {
-    const int64_t b = filled ? 3 * s.C + s.spare : s.C;
-    return {buffers.take(s.B ? (s.B - 1) * b + s.C : 0, filled, filled ? s.offset : 0), b};
+// One row of all tokens where the shape has no text; the inputs are views of a wider table.
+inline Vectors vectors(Buffers& buffers, const Shape& s, bool filled = true) {
+    const int64_t S = s.txt_len > 0 ? 2 : 1, row = filled ? 3 * s.C + s.spare : s.C, b = S * row;
+    const int64_t count = s.B ? (s.B - 1) * b + (S - 1) * row + s.C : 0;
+    return {buffers.take(count, filled, filled ? s.offset : 0), b, S == 2 ? row : 0};
 }
 
 inline float* scratch(Buffers& buffers, int64_t floats) {  // exactly as large as asked for

@@ -3,7 +3,9 @@
 // Bytes: 2 x bytes.
 // Accumulation: none.
 // Limits: source and target aligned to 64 bytes, bytes a multiple of 128.
-#include "vec.h"
+#include "stream_copy.h"
+
+#include "../cpu/vec.h"
 
 namespace fluxkern::cpu::FLUXKERN_ISA {
 
