@@ -160,23 +160,17 @@ def read_compiled(kernel: Any, arch: int, op: str) -> dict[str, Any]:
     return row | {"warps_per_sm": warps_on_a_sm(row)}
 
 
-def launcher(op: str) -> Callable | None:
-    file = op.removesuffix("_backward").removeprefix("joint_").rstrip("_")
-    name = f"fluxkern.kernels.{file}"
-    try:
-        return getattr(import_module(name), op, None)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        return None
+def launcher(op: str) -> Callable:
+    from fluxkern.ops import _load
+
+    return getattr(import_module(f"fluxkern.kernels.{_load.TRITON[op]}"), op)
 
 
 def kernel_ops() -> list[str]:
-    """Torch ops with a Triton launcher; the joint form where there is one: same kernels."""
-    from fluxkern.ops import _dispatch
+    """Those with a Triton launcher; the joint form where there is one: same kernels."""
+    from fluxkern.ops import _load
 
-    ops = [op for op in _dispatch._allocators if launcher(op)]
-    return [op for op in ops if f"joint_{op}" not in ops]
+    return [op for op in _load.TRITON if f"joint_{op.rstrip('_')}" not in _load.TRITON]
 
 
 VARIANTS = ("rope_attention",)  # ops that launch the kernels of others, specialised otherwise
@@ -203,7 +197,7 @@ def arguments(op: str, sizes: Any = None) -> list:
     case = op.removesuffix("_backward")
     case = "attention_lse" if case == "attention" else case
     values = CASES[case].inputs(Maker(sizes or call_sizes()[0], torch.bfloat16, "meta"))
-    values |= {"eps": 1e-6, "backend": None}
+    values |= {"eps": 1e-6}
     values |= {t: values[t].contiguous() for t in ("cos", "sin") if t in values}  # as our model's
     for name, of in GRADIENT_OF.items():
         if of in values:
@@ -217,15 +211,15 @@ def arguments(op: str, sizes: Any = None) -> list:
         values |= {"dq_out": values["txt_q"].new_empty(shape)}
         values |= {"dk_out": values["dq_out"]}
     schema = getattr(torch.ops.fluxkern, op).default._schema
-    return [values[argument.name] for argument in schema.arguments]
+    return [values[argument.name] for argument in schema.arguments[:-1]]  # without backend
 
 
-def launch(op: str, args: list) -> None:
-    from fluxkern.ops import _dispatch
+def launch(op: str, args: list, **tiles: str) -> None:
+    from fluxkern.ops import _load
 
-    out = _dispatch._allocators[op](*args)
+    out = _load.allocator(op)(*args)
     outs = () if out is None else out if isinstance(out, tuple) else (out,)
-    launcher(op)(*args[:-1], *outs)
+    launcher(op)(*args, *outs, **tiles)
 
 
 def rows_of(arch: int, ops: list[str], only: str | None = None) -> list[dict[str, Any]]:
@@ -255,12 +249,6 @@ def all_rows(only: str | None = None) -> list[dict[str, Any]]:
 
 # tiles that may be chosen
 
-LAUNCHED_BY = {  # kernel -> ops whose launch has a choice of its tile
-    "attention": ("attention", "rope_attention"),
-    "attention_backward_keys": ("attention_backward",),
-    "attention_backward_queries": ("attention_backward",),
-}
-
 
 def tile_rows_of(arch: int) -> list[dict[str, Any]]:
     """A row for every candidate but the default, and for what runs without TMA from 90 on."""
@@ -270,20 +258,19 @@ def tile_rows_of(arch: int) -> list[dict[str, Any]]:
     rows = []
     with launches_compiled_only(arch) as compiled:
 
-        def add(kernel: str, tile: str) -> None:
-            for op in LAUNCHED_BY[kernel]:
-                compiled.clear()
-                launch(op, arguments(op))
-                (found,) = (k for k in compiled if k.metadata.name == f"{kernel}_kernel")
-                rows.append(read_compiled(found, arch, op) | {"tile": tile})
+        def add(op: str, kernel: str, name: str, /, **tiles: str) -> None:
+            compiled.clear()
+            launch(op, arguments(op), **tiles)
+            (found,) = (k for k in compiled if k.metadata.name == f"{kernel}_kernel")
+            rows.append(read_compiled(found, arch, op) | {"tile": name})
 
-        for kernel in _tiles.TABLE:
-            for tile in map(str, _tiles.candidates(kernel, arch)[1:]):
-                with patch.object(_tiles, "measured", lambda name, q, taken=tile: taken):
-                    add(kernel, tile)
-            if arch >= 90:
-                with patch.object(kernels, "takes_tma", lambda t: False):
-                    add(kernel, f"{_tiles.by_pointers(kernel, arch)}")
+        for op, keywords in _tiles.KEYWORDS.items():
+            for keyword, kernel in keywords.items() if op != "attention_lse" else ():  # attention's
+                for tile in map(str, _tiles.candidates(kernel, arch)[1:]):
+                    add(op, kernel, tile, **{keyword: tile})
+                if arch >= 90:
+                    with patch.object(kernels, "takes_tma", lambda t: False):
+                        add(op, kernel, f"{_tiles.by_pointers(kernel, arch)}")
     return rows
 
 
@@ -299,12 +286,12 @@ def planted_rows(arch: int = 90) -> list[dict[str, Any]]:
     """A backward with a row of 3072 in one warp, which spills; a norm whose x is off by one."""
     from fluxkern.kernels import _rows
 
-    op = "joint_gated_residual_norm_modulate_backward"
+    op = "gated_residual_norm_modulate_backward"
     one_warp = {"C": 3072, "BLOCK_C": 1024, "num_warps": 1}
     with patch.object(_rows, "row_config", lambda C: one_warp):
         with launches_compiled_only(arch) as spilling:
             launch(op, arguments(op))
-    op = "joint_norm_modulate"
+    op = "norm_modulate"
     x, *rest = arguments(op)
     with launches_compiled_only(arch) as scalar:
         launch(op, [x.new_empty(*x.shape[:2], x.shape[2] + 1)[..., 1:], *rest])

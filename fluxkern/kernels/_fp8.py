@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._rows import row_ptr
 from .attention import architecture
 
 MOST = tl.constexpr(448.0)
@@ -36,18 +37,21 @@ def to_fp8(v, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def store_fp8_row(out_ptr, row_scale_ptr, row, C: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE):
-    """Tiles that are zero beyond C."""
-    top = tl.max(magnitude(row[0]), 0)
-    for i in tl.static_range(1, len(row)):
-        top = tl.maximum(top, tl.max(magnitude(row[i]), 0))
+def store_fp8_row(
+    out, row_scale_ptr, b, row, tiles, C: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE
+):
+    """Tiles that are zero beyond C; row_scale_ptr: [B, L], of a program a row."""
+    top = tl.max(magnitude(tiles[0]), 0)
+    for i in tl.static_range(1, len(tiles)):
+        top = tl.maximum(top, tl.max(magnitude(tiles[i]), 0))
     scale = tl.div_rn(top.to(tl.float32, bitcast=True), MOST)
     scale = tl.where(scale < TINY, 0.0, scale)
     inverse = tl.where(scale == 0, 0.0, tl.div_rn(1.0, scale))
-    tl.store(row_scale_ptr, scale)
-    for i in tl.static_range(len(row)):
+    tl.store(row_scale_ptr + b * tl.num_programs(0) + row, scale)
+    ptr = row_ptr(out, b, row)
+    for i in tl.static_range(len(tiles)):
         cols = i * BLOCK_C + tl.arange(0, BLOCK_C)
-        tl.store(out_ptr + cols, to_fp8(row[i] * inverse, HARDWARE), mask=cols < C)
+        tl.store(ptr + cols, to_fp8(tiles[i] * inverse, HARDWARE), mask=cols < C)
 
 
 def rounds_in_hardware() -> bool:

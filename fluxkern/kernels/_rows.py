@@ -1,10 +1,13 @@
 """What the row kernels share: a row of C channels in registers, as fp32 tiles of BLOCK_C.
 
 Tiles, not one power of two: 3072 = 3 x 1024 leaves no lane idle, and 8 elements a thread and tile
-are one 128-bit load in half precision. Vectors of text and image come as two pointers each.
+are one 128-bit load in half precision. Vectors are [B, S, C]: row 0 is the text's and row 1 the
+image's; with S = 1 both are row 0.
 Sums over tokens: a program adds a run of rows of one batch element and one stream in fp32 and
 writes a partial; a second kernel adds the partials in a fixed order. No atomics.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -16,11 +19,13 @@ MAX_TILES = 3  # 24 elements a thread: three sums and three rows of them fill 14
 ROWS = 18  # of one backward program: 512 + 4096 tokens are 257 programs, 2 for each of 132 SMs
 MAX_B = 65535  # of a grid's second axis
 
+View = tuple[Tensor, *tuple[int, ...]]  # tensor, strides of its axes but the last
+
 
 def unsupported(name: str, *args: object) -> str | None:
     batch, _, hidden = args[0].shape
-    if hidden > MAX_TILES * BLOCKS[-1]:
-        return f"takes at most {MAX_TILES * BLOCKS[-1]} channels, got {hidden}"
+    if not 0 < hidden <= MAX_TILES * BLOCKS[-1]:
+        return f"takes 1 to {MAX_TILES * BLOCKS[-1]} channels, got {hidden}"
     return f"takes at most {MAX_B} batch elements, got {batch}" if batch > MAX_B else None
 
 
@@ -31,30 +36,39 @@ def row_config(C: int) -> dict[str, int]:
     return {"C": C, "BLOCK_C": block, "num_warps": max(1, block // 256)}
 
 
-def token_strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Batch and token stride of each [B, L, C]."""
-    return tuple(stride for t in tensors for stride in t.stride()[:2])
+def view(t: Tensor) -> View:
+    """What a kernel takes of a tensor; the stride of an axis of one is 0, where torch has any."""
+    return (t, *(s if n > 1 else 0 for n, s in zip(t.shape[:-1], t.stride(), strict=False)))
 
 
-def batch_strides(*vectors: Tensor) -> tuple[int, ...]:
-    return tuple(vec.stride(0) for vec in vectors)
+def launch_rows(kernel, tensors: Sequence[Tensor], *more: Tensor | float, **constants: int) -> None:
+    """A program a row of tensors[0], [B, L, C]."""
+    batch, length, hidden = tensors[0].shape
+    kernel[(length, batch)](*map(view, tensors), *more, **constants, **row_config(hidden))
 
 
 @triton.jit
-def load_row(ptr, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def row_ptr(view, b, row):
+    """b, row: 64 bits"""
+    return view[0] + b * view[1] + row * view[2]
+
+
+@triton.jit
+def load_row(view, b, row, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """[C] as fp32 tiles, 0 beyond C."""
-    row = ()
+    tiles = ()
     for start in tl.static_range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
-        row += (tl.load(ptr + cols, mask=cols < C, other=0.0).to(tl.float32),)
-    return row
+        tiles += (tl.load(row_ptr(view, b, row) + cols, mask=cols < C, other=0.0).to(tl.float32),)
+    return tiles
 
 
 @triton.jit
-def store_row(ptr, row, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    for i in tl.static_range(len(row)):
+def store_row(view, b, row, tiles, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    ptr = row_ptr(view, b, row)
+    for i in tl.static_range(len(tiles)):
         cols = i * BLOCK_C + tl.arange(0, BLOCK_C)
-        tl.store(ptr + cols, row[i].to(ptr.dtype.element_ty), mask=cols < C)
+        tl.store(ptr + cols, tiles[i].to(ptr.dtype.element_ty), mask=cols < C)
 
 
 @triton.jit
@@ -145,37 +159,33 @@ def normalize_backward(dh, n, rstd, scale, C: tl.constexpr):
 
 
 @triton.jit
-def stream_vector(is_txt, b, txt_ptr, txt_stride_b, img_ptr, img_stride_b):
-    """Pointer to the vector of this batch element and stream."""
-    return tl.where(is_txt, txt_ptr + b * txt_stride_b, img_ptr + b * img_stride_b)
+def stream_of(row, txt_len):
+    return (row >= txt_len).to(tl.int64)
 
 
 # sums over tokens
 
 
 @triton.jit
-def rows_of_program(L, txt_len, ROWS: tl.constexpr):
-    """-> (first row, number of rows, whether they are text) of program_id(0)."""
-    part = tl.program_id(0).to(tl.int64)
+def rows_of_part(part, L, txt_len, ROWS: tl.constexpr):
+    """-> (first row, number of rows, stream) of a run of rows; part: 64 bits"""
     txt_parts = tl.cdiv(txt_len, ROWS)
     is_txt = part < txt_parts
     first = tl.where(is_txt, part * ROWS, txt_len + (part - txt_parts) * ROWS)
     stop = tl.minimum(first + ROWS, tl.where(is_txt, txt_len, L))
-    return first, (stop - first).to(tl.int32), is_txt
+    return first, (stop - first).to(tl.int32), stream_of(part, txt_parts)
 
 
-def new_partials(x: Tensor, txt_len: int, vectors: int) -> tuple[Tensor, int]:
-    """-> (fp32 [B, programs of a batch element, vectors, C], programs of the text)."""
-    batch, length, hidden = x.shape
-    txt_parts = triton.cdiv(txt_len, ROWS)
-    parts = txt_parts + triton.cdiv(length - txt_len, ROWS)
-    return x.new_empty((batch, parts, vectors, hidden), dtype=torch.float32), txt_parts
+def parts_of(length: int, txt_len: int, rows: int) -> tuple[int, int]:
+    """-> (runs of rows of the text, of both streams)"""
+    txt_parts = triton.cdiv(txt_len, rows)
+    return txt_parts, txt_parts + triton.cdiv(length - txt_len, rows)
 
 
 @triton.jit(do_not_specialize=("txt_parts", "parts"))
 def sum_partials_kernel(
     partials_ptr,
-    out_ptrs,  # [B, C] each: the text's vectors, if asked for, then the image's
+    out_ptrs,  # the text's vectors, if asked for, then the image's
     txt_parts,
     parts,
     VECTORS: tl.constexpr,
@@ -197,11 +207,14 @@ def sum_partials_kernel(
     for i in tl.static_range(1, len(out_ptrs)):
         out_ptr = tl.where(which == i, out_ptrs[i], out_ptr)
     out = tl.sum(total, 0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + b * C + cols, out, mask=cols < C)
+    tl.store(out_ptr + b * (len(out_ptrs) // VECTORS * C) + cols, out, mask=cols < C)
 
 
 def sum_partials(partials: Tensor, txt_parts: int, outs: tuple[Tensor, ...]) -> None:
-    """Adds the partials of each stream into outs: text vectors (or none), then image vectors."""
+    """Adds the partials [B, parts, vectors, C] of each stream into outs.
+
+    outs: the text's vectors (or none), then the image's, [C] each, or cut from [B, S, C].
+    """
     batch, parts, vectors, hidden = partials.shape
     sum_partials_kernel[(triton.cdiv(hidden, 32), len(outs), batch)](
         partials,
@@ -214,3 +227,23 @@ def sum_partials(partials: Tensor, txt_parts: int, outs: tuple[Tensor, ...]) -> 
         BLOCK_C=32,
         num_warps=4,
     )
+
+
+def launch_row_sums(
+    kernel, tensors: Sequence[Tensor], dvectors: Sequence[Tensor], txt_len: int, *scalars: float
+) -> None:
+    """A program a run of rows of tensors[0], [B, L, C], then their sums into dvectors [B, S, C]."""
+    batch, length, hidden = tensors[0].shape
+    txt_parts, parts = parts_of(length, txt_len, ROWS)
+    shape = (batch, parts, len(dvectors), hidden)
+    partials = tensors[0].new_empty(shape, dtype=torch.float32)
+    kernel[(parts, batch)](
+        *map(view, (*tensors, partials.flatten(1, 2))),
+        length,
+        txt_len,
+        *scalars,
+        ROWS=ROWS,
+        **row_config(hidden),
+    )
+    streams = zip(*(d.unbind(1) for d in dvectors), strict=True)
+    sum_partials(partials, txt_parts, tuple(d for stream in streams for d in stream))

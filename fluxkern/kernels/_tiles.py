@@ -1,12 +1,11 @@
 """Tiles of the attention kernels: per kernel the candidates of each architecture, default first.
 
 Nothing is tried when a kernel is first called: `fluxkern tune` measures the candidates once and
-keeps the fastest by size; `measured` asks for it. All are compiled ahead of time by
+keeps the fastest by size, which launchers take by name. All are compiled ahead of time by
 tests/test_budgets.py and run without spills, within the shared memory, on tensor cores; those of an
 architecture count up to the next. For half precision and D <= 128.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -64,14 +63,21 @@ TABLE = {
     "attention_backward_keys": BACKWARD_KEYS,
     "attention_backward_queries": BACKWARD_QUERIES,
 }
+KEYWORDS = {  # op -> keyword of its launcher for the name of a tile -> kernel
+    "attention": {"tile": "attention"},
+    "attention_lse": {"tile": "attention"},
+    "rope_attention": {"tile": "attention"},
+    "attention_backward": {
+        "keys_tile": "attention_backward_keys",
+        "queries_tile": "attention_backward_queries",
+    },
+}
 BY_POINTERS = {  # instead of a tile with TMA, for views that no descriptor can be made of
     "attention": {90: (Tile(128, 64, 8, 2, False),), 120: (Tile(128, 32, 8, 1, False),)},
     "attention_backward_keys": {90: (Tile(64, 64, 8, 2, False),)},
     "attention_backward_queries": {90: (Tile(64, 64, 8, 2, False),)},
 }
 SMALL = Tile(32, 32, 4, 1, False)  # fp32 or a wide head: no tensor cores, little shared memory
-
-measured: Callable[[str, Tensor], str | None] = lambda kernel, q: None  # noqa: E731  set by ops
 
 
 def _of(table: Candidates, architecture: int) -> tuple[Tile, ...]:
@@ -86,9 +92,9 @@ def by_pointers(kernel: str, architecture: int) -> Tile:
     return _of(BY_POINTERS[kernel], architecture)[0]
 
 
-def chosen(kernel: str, architecture: int, q: Tensor) -> Tile:
-    """The measured tile where it is a candidate, else the default."""
+def chosen(kernel: str, architecture: int, q: Tensor, name: str | None) -> Tile:
+    """The named tile where it is a candidate, else the default."""
     if q.dtype.itemsize != 2 or q.shape[-1] > 128:
         return SMALL
-    here, name = candidates(kernel, architecture), measured(kernel, q)
+    here = candidates(kernel, architecture)
     return next((tile for tile in here if str(tile) == name), here[0])

@@ -14,9 +14,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _tiles
-from ._rows import MAX_B
-from .qk_norm_rope import inverse_rms, load_weight, rotate, table, view
+from ._rows import MAX_B, view
+from .qk_norm_rope import inverse_rms, load_weight, rotate, table
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton too reads it at the import
 MAX_D = 256
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -25,8 +26,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def unsupported(name: str, *args: object) -> str | None:
     q = args[2] if name == "attention_backward" else args[0]
     batch, _, heads, dim = q.shape
-    if dim > MAX_D:
-        return f"takes a head dim of at most {MAX_D}, got {dim}"
+    if not 0 < dim <= MAX_D:
+        return f"takes a head dim of 1 to {MAX_D}, got {dim}"
     if max(batch, heads) > MAX_B:
         return f"takes at most {MAX_B} batch elements and heads, got {batch} and {heads}"
     return None
@@ -34,15 +35,15 @@ def unsupported(name: str, *args: object) -> str | None:
 
 def architecture() -> int:
     """80, 89, 90, 100 or 120; 80 in the interpreter."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETING:
         return 80
     return triton.runtime.driver.active.get_current_target().arch
 
 
-def configured(kernel: str, q: Tensor) -> dict[str, int]:
-    """The tile of a kernel on this machine, as what it takes."""
-    dim, tile = q.shape[-1], _tiles.chosen(kernel, architecture(), q)
-    return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))} | tile._asdict()
+def configured(kernel: str, q: Tensor, tile: str | None) -> dict[str, int]:
+    """The named or the default tile of a kernel on this machine, as what it takes."""
+    dim, chosen = q.shape[-1], _tiles.chosen(kernel, architecture(), q, tile)
+    return {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))} | chosen._asdict()
 
 
 # tiles
@@ -208,10 +209,11 @@ def forward(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     eps: float = 0.0,
+    tile: str | None = None,
 ) -> None:
     """Attention of q, which is normed and rotated first where a weight is given."""
     batch, length, heads, dim = q.shape
-    config = configured("attention", q)
+    config = configured("attention", q, tile)
     inputs = sources("attention", config, (q, "BLOCK_M"), (k, "BLOCK_N"), (v, "BLOCK_N"))
     rope = q_weight is not None
     attention_kernel[(triton.cdiv(length, config["BLOCK_M"]), heads, batch)](
@@ -230,12 +232,14 @@ def forward(
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    forward(q, k, v, out, None)
+def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, tile: str | None = None) -> None:
+    forward(q, k, v, out, None, tile=tile)
 
 
-def attention_lse(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-    forward(q, k, v, out, lse)
+def attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, tile: str | None = None
+) -> None:
+    forward(q, k, v, out, lse, tile=tile)
 
 
 # backward
@@ -361,6 +365,9 @@ def attention_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    *,
+    keys_tile: str | None = None,
+    queries_tile: str | None = None,
 ) -> None:
     batch, length, heads, dim = q.shape
     keys = k.shape[1]
@@ -379,14 +386,14 @@ def attention_backward(
         num_warps=4,
     )
 
-    def launch(name: str, kernel, tokens: int, tile: str, grads: tuple) -> None:
-        config = configured(name, q)
+    def launch(kernel, tile: str | None, tokens: int, block: str, *grads: Tensor) -> None:
+        name = kernel.__name__.removesuffix("_kernel")
+        config = configured(name, q, tile)
         tiles = ((q, "BLOCK_M"), (k, "BLOCK_N"), (v, "BLOCK_N"), (dout, "BLOCK_M"))
         inputs = sources(name, config, *tiles)
-        kernel[(triton.cdiv(tokens, config[tile]), heads, batch)](
+        kernel[(triton.cdiv(tokens, config[block]), heads, batch)](
             *inputs, rows, *map(view, grads), length, keys, dim**-0.5, **config
         )
 
-    by_keys, by_queries = attention_backward_keys_kernel, attention_backward_queries_kernel
-    launch("attention_backward_keys", by_keys, keys, "BLOCK_N", (dk, dv))
-    launch("attention_backward_queries", by_queries, length, "BLOCK_M", (dq,))
+    launch(attention_backward_keys_kernel, keys_tile, keys, "BLOCK_N", dk, dv)
+    launch(attention_backward_queries_kernel, queries_tile, length, "BLOCK_M", dq)

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _rows
 from ._rows import (
     add,
+    launch_row_sums,
+    launch_rows,
     load_row,
     modulate,
     mul,
@@ -20,9 +21,9 @@ from ._rows import (
     normalize,
     normalize_backward,
     rounded,
-    rows_of_program,
+    rows_of_part,
     store_row,
-    stream_vector,
+    stream_of,
     unsupported,
     zero_row,
 )
@@ -32,78 +33,30 @@ __all__ = ["unsupported"]
 
 @triton.jit(do_not_specialize=("txt_len",))
 def gated_residual_norm_modulate_kernel(
-    x_ptr,
-    y_ptr,
-    txt_gate_ptr,
-    txt_scale_ptr,
-    txt_shift_ptr,
-    img_gate_ptr,
-    img_scale_ptr,
-    img_shift_ptr,
-    x_new_ptr,
-    h_ptr,
-    x_stride_b,
-    x_stride_l,
-    y_stride_b,
-    y_stride_l,
-    txt_gate_stride_b,
-    txt_scale_stride_b,
-    txt_shift_stride_b,
-    img_gate_stride_b,
-    img_scale_stride_b,
-    img_shift_stride_b,
-    txt_len,
-    eps,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x, y, gate, scale, shift, x_new, h, txt_len, eps, C: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     row, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    is_txt = row < txt_len
-    gate_ptr = stream_vector(
-        is_txt, b, txt_gate_ptr, txt_gate_stride_b, img_gate_ptr, img_gate_stride_b
-    )
-    x = load_row(x_ptr + b * x_stride_b + row * x_stride_l, C, BLOCK_C)
-    y = load_row(y_ptr + b * y_stride_b + row * y_stride_l, C, BLOCK_C)
-    x_new = mul_add(load_row(gate_ptr, C, BLOCK_C), y, x)
-    x_new = rounded(x_new, x_new_ptr.dtype.element_ty)
-    out = (b * tl.num_programs(0) + row) * C
-    store_row(x_new_ptr + out, x_new, C, BLOCK_C)
-    n, _ = normalize(x_new, eps, C, BLOCK_C)
-    scale_ptr = stream_vector(
-        is_txt, b, txt_scale_ptr, txt_scale_stride_b, img_scale_ptr, img_scale_stride_b
-    )
-    shift_ptr = stream_vector(
-        is_txt, b, txt_shift_ptr, txt_shift_stride_b, img_shift_ptr, img_shift_stride_b
-    )
-    h = modulate(n, load_row(scale_ptr, C, BLOCK_C), load_row(shift_ptr, C, BLOCK_C))
-    store_row(h_ptr + out, h, C, BLOCK_C)
+    stream = stream_of(row, txt_len)
+    x_row, y_row = load_row(x, b, row, C, BLOCK_C), load_row(y, b, row, C, BLOCK_C)
+    x_row = mul_add(load_row(gate, b, stream, C, BLOCK_C), y_row, x_row)
+    x_row = rounded(x_row, x_new[0].dtype.element_ty)
+    store_row(x_new, b, row, x_row, C, BLOCK_C)
+    n, _ = normalize(x_row, eps, C, BLOCK_C)
+    scale, shift = load_row(scale, b, stream, C, BLOCK_C), load_row(shift, b, stream, C, BLOCK_C)
+    store_row(h, b, row, modulate(n, scale, shift), C, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=("L", "txt_len"))
 def gated_residual_norm_modulate_backward_kernel(
-    dx_new_ptr,
-    dh_ptr,
-    x_new_ptr,
-    y_ptr,
-    txt_gate_ptr,
-    txt_scale_ptr,
-    img_gate_ptr,
-    img_scale_ptr,
-    dx_ptr,
-    dy_ptr,
-    partials_ptr,
-    dx_new_stride_b,
-    dx_new_stride_l,
-    dh_stride_b,
-    dh_stride_l,
-    x_new_stride_b,
-    x_new_stride_l,
-    y_stride_b,
-    y_stride_l,
-    txt_gate_stride_b,
-    txt_scale_stride_b,
-    img_gate_stride_b,
-    img_scale_stride_b,
+    dx_new,
+    dh,
+    x_new,
+    y,
+    gate,
+    scale,
+    dx,
+    dy,
+    partials,  # [B, runs of rows x 3, C]: dgate, dscale, dshift
     L,
     txt_len,
     eps,
@@ -111,63 +64,22 @@ def gated_residual_norm_modulate_backward_kernel(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    first, rows, is_txt = rows_of_program(L, txt_len, ROWS)
-    b = tl.program_id(1).to(tl.int64)
-    gate_ptr = stream_vector(
-        is_txt, b, txt_gate_ptr, txt_gate_stride_b, img_gate_ptr, img_gate_stride_b
-    )
-    scale_ptr = stream_vector(
-        is_txt, b, txt_scale_ptr, txt_scale_stride_b, img_scale_ptr, img_scale_stride_b
-    )
+    part, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, rows, stream = rows_of_part(part, L, txt_len, ROWS)
     dgate, dscale, dshift = zero_row(C, BLOCK_C), zero_row(C, BLOCK_C), zero_row(C, BLOCK_C)
     for i in range(rows):
         row = first + i
-        x_new = load_row(x_new_ptr + b * x_new_stride_b + row * x_new_stride_l, C, BLOCK_C)
-        dh = load_row(dh_ptr + b * dh_stride_b + row * dh_stride_l, C, BLOCK_C)
-        n, rstd = normalize(x_new, eps, C, BLOCK_C)
-        dscale, dshift = mul_add(dh, n, dscale), add(dshift, dh)
-        dn = normalize_backward(dh, n, rstd, load_row(scale_ptr, C, BLOCK_C), C)
-        dx_new = load_row(dx_new_ptr + b * dx_new_stride_b + row * dx_new_stride_l, C, BLOCK_C)
-        dx = add(dx_new, dn)
-        store_row(dx_ptr + (b * L + row) * C, dx, C, BLOCK_C)
-        y = load_row(y_ptr + b * y_stride_b + row * y_stride_l, C, BLOCK_C)
-        dgate = mul_add(dx, y, dgate)
-        dy = mul(load_row(gate_ptr, C, BLOCK_C), dx)
-        store_row(dy_ptr + (b * L + row) * C, dy, C, BLOCK_C)
-    partial = (b * tl.num_programs(0) + tl.program_id(0)) * 3
-    store_row(partials_ptr + partial * C, dgate, C, BLOCK_C)
-    store_row(partials_ptr + (partial + 1) * C, dscale, C, BLOCK_C)
-    store_row(partials_ptr + (partial + 2) * C, dshift, C, BLOCK_C)
-
-
-def joint_gated_residual_norm_modulate(
-    x: Tensor,
-    y: Tensor,
-    txt_gate: Tensor,
-    txt_scale: Tensor,
-    txt_shift: Tensor,
-    img_gate: Tensor,
-    img_scale: Tensor,
-    img_shift: Tensor,
-    txt_len: int,
-    eps: float,
-    x_new: Tensor,
-    h: Tensor,
-) -> None:
-    batch, length, hidden = x.shape
-    vectors = (txt_gate, txt_scale, txt_shift, img_gate, img_scale, img_shift)
-    gated_residual_norm_modulate_kernel[(length, batch)](
-        x,
-        y,
-        *vectors,
-        x_new,
-        h,
-        *_rows.token_strides(x, y),
-        *_rows.batch_strides(*vectors),
-        txt_len,
-        eps,
-        **_rows.row_config(hidden),
-    )
+        x_row, dh_row = load_row(x_new, b, row, C, BLOCK_C), load_row(dh, b, row, C, BLOCK_C)
+        n, rstd = normalize(x_row, eps, C, BLOCK_C)
+        dscale, dshift = mul_add(dh_row, n, dscale), add(dshift, dh_row)
+        dn = normalize_backward(dh_row, n, rstd, load_row(scale, b, stream, C, BLOCK_C), C)
+        dx_row = add(load_row(dx_new, b, row, C, BLOCK_C), dn)
+        store_row(dx, b, row, dx_row, C, BLOCK_C)
+        dgate = mul_add(dx_row, load_row(y, b, row, C, BLOCK_C), dgate)
+        store_row(dy, b, row, mul(load_row(gate, b, stream, C, BLOCK_C), dx_row), C, BLOCK_C)
+    store_row(partials, b, part * 3, dgate, C, BLOCK_C)
+    store_row(partials, b, part * 3 + 1, dscale, C, BLOCK_C)
+    store_row(partials, b, part * 3 + 2, dshift, C, BLOCK_C)
 
 
 def gated_residual_norm_modulate(
@@ -176,50 +88,13 @@ def gated_residual_norm_modulate(
     gate: Tensor,
     scale: Tensor,
     shift: Tensor,
+    txt_len: int,
     eps: float,
     x_new: Tensor,
     h: Tensor,
 ) -> None:
-    vectors = (gate, scale, shift)
-    joint_gated_residual_norm_modulate(x, y, *vectors, *vectors, 0, eps, x_new, h)
-
-
-def joint_gated_residual_norm_modulate_backward(
-    dx_new: Tensor,
-    dh: Tensor,
-    x_new: Tensor,
-    y: Tensor,
-    txt_gate: Tensor,
-    txt_scale: Tensor,
-    img_gate: Tensor,
-    img_scale: Tensor,
-    txt_len: int,
-    eps: float,
-    dx: Tensor,
-    dy: Tensor,
-    *dvectors: Tensor,  # dgate, dscale, dshift of the text, then of the image
-) -> None:
-    batch, length, hidden = y.shape
-    vectors = (txt_gate, txt_scale, img_gate, img_scale)
-    partials, txt_parts = _rows.new_partials(y, txt_len, 3)
-    gated_residual_norm_modulate_backward_kernel[(partials.shape[1], batch)](
-        dx_new,
-        dh,
-        x_new,
-        y,
-        *vectors,
-        dx,
-        dy,
-        partials,
-        *_rows.token_strides(dx_new, dh, x_new, y),
-        *_rows.batch_strides(*vectors),
-        length,
-        txt_len,
-        eps,
-        ROWS=_rows.ROWS,
-        **_rows.row_config(hidden),
-    )
-    _rows.sum_partials(partials, txt_parts, dvectors)
+    tensors = (x, y, gate, scale, shift, x_new, h)
+    launch_rows(gated_residual_norm_modulate_kernel, tensors, txt_len, eps)
 
 
 def gated_residual_norm_modulate_backward(
@@ -229,13 +104,11 @@ def gated_residual_norm_modulate_backward(
     y: Tensor,
     gate: Tensor,
     scale: Tensor,
+    txt_len: int,
     eps: float,
     dx: Tensor,
     dy: Tensor,
-    dgate: Tensor,
-    dscale: Tensor,
-    dshift: Tensor,
+    *dvectors: Tensor,  # dgate, dscale, dshift
 ) -> None:
-    joint_gated_residual_norm_modulate_backward(
-        dx_new, dh, x_new, y, gate, scale, gate, scale, 0, eps, dx, dy, dgate, dscale, dshift
-    )
+    tensors = (dx_new, dh, x_new, y, gate, scale, dx, dy)
+    launch_row_sums(gated_residual_norm_modulate_backward_kernel, tensors, dvectors, txt_len, eps)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._rows import MAX_B
+
 BLOCK_C = 1024  # 4 warps, 8 elements a thread
 
 
@@ -31,8 +33,10 @@ def merged(*tensors: Tensor) -> tuple[list[int], list[list[int]]]:
 
 
 def unsupported(name: str, *args: object) -> str | None:
-    axes = len(merged(*(t for t in args if isinstance(t, Tensor)))[0])
-    return f"takes views of at most three strides, got {axes}" if axes > 3 else None
+    sizes, _ = merged(*(t for t in args if isinstance(t, Tensor)))
+    if len(sizes) > 3 or len(sizes) == 3 and sizes[0] > MAX_B:
+        return f"takes views of three axes, {MAX_B} of the first, at most, got {sizes}"
+    return None
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _rows
 from ._fp8 import as_bytes, as_rows, rounds_in_hardware, store_fp8_row
-from ._rows import load_row
+from ._rows import launch_rows, load_row
 from .gelu_tanh import slope_of_gate
 
 MAX_C = 4 * _rows.BLOCKS[-1]  # 32 elements a thread
@@ -29,33 +29,17 @@ def unsupported(name: str, x: Tensor) -> str | None:
 
 @triton.jit
 def gelu_tanh_fp8_kernel(
-    x_ptr,
-    y_ptr,
-    row_scale_ptr,
-    x_stride_b,
-    x_stride_l,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    HARDWARE: tl.constexpr,
+    x, y, row_scale_ptr, C: tl.constexpr, BLOCK_C: tl.constexpr, HARDWARE: tl.constexpr
 ):
     row, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    x = load_row(x_ptr + b * x_stride_b + row * x_stride_l, C, BLOCK_C)
-    y = ()
-    for i in tl.static_range(len(x)):
-        gate, _ = slope_of_gate(x[i])
-        y += (x[i] * gate,)
-    out = b * tl.num_programs(0) + row
-    store_fp8_row(y_ptr + out * C, row_scale_ptr + out, y, C, BLOCK_C, HARDWARE)
+    x_row = load_row(x, b, row, C, BLOCK_C)
+    y_row = ()
+    for i in tl.static_range(len(x_row)):
+        gate, _ = slope_of_gate(x_row[i])
+        y_row += (x_row[i] * gate,)
+    store_fp8_row(y, row_scale_ptr, b, row, y_row, C, BLOCK_C, HARDWARE)
 
 
 def gelu_tanh_fp8(x: Tensor, y: Tensor, row_scale: Tensor) -> None:
-    x = as_rows(x)
-    batch, length, hidden = x.shape
-    gelu_tanh_fp8_kernel[(length, batch)](
-        x,
-        as_bytes(y),
-        row_scale,
-        *_rows.token_strides(x),
-        HARDWARE=rounds_in_hardware(),
-        **_rows.row_config(hidden),
-    )
+    tensors = (as_rows(x), as_rows(as_bytes(y)))
+    launch_rows(gelu_tanh_fp8_kernel, tensors, row_scale, HARDWARE=rounds_in_hardware())

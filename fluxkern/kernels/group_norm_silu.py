@@ -28,8 +28,8 @@ def unsupported(name: str, *args: object) -> str | None:
     batch, channels = images[0].shape[:2]
     if not (all(map(channels_last, images)) or all(t.is_contiguous() for t in images)):
         return f"takes contiguous or channels-last images, got strides {images[0].stride()}"
-    if max(batch, channels) > MAX_B:
-        return f"takes at most {MAX_B} batch elements and channels, got {batch} and {channels}"
+    if batch > MAX_B or not 0 < channels <= MAX_B:
+        return f"takes {MAX_B} batch elements and 1 to {MAX_B} channels, got {batch}, {channels}"
     return None
 
 
@@ -162,9 +162,9 @@ def tile_at(
 
 
 @triton.jit
-def load_channels(weight_ptr, bias_ptr, weight_stride, bias_stride, c, C):
-    weight = tl.load(weight_ptr + c * weight_stride, mask=c < C, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + c * bias_stride, mask=c < C, other=0.0).to(tl.float32)
+def load_channels(weight_ptr, bias_ptr, c, C):
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     return weight[None, :], bias[None, :]
 
 
@@ -194,8 +194,6 @@ def group_norm_silu_kernel(
     stride_p,
     stride_c,
     P,
-    weight_stride,
-    bias_stride,
     C,
     SIZE,  # channels of a group
     BLOCK_P: tl.constexpr,
@@ -204,7 +202,7 @@ def group_norm_silu_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK_P
     c, at, mask = tile_at(start, stride_b, stride_p, stride_c, P, C, BLOCK_P, BLOCK_C)
     mean, rstd = load_group_pair(stats_ptr, c, C, SIZE)
-    weight, bias = load_channels(weight_ptr, bias_ptr, weight_stride, bias_stride, c, C)
+    weight, bias = load_channels(weight_ptr, bias_ptr, c, C)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     z = (x - mean) * rstd * weight + bias
     tl.store(out_ptr + at, (z * tl.sigmoid(z)).to(out_ptr.dtype.element_ty), mask=mask)
@@ -222,8 +220,6 @@ def channel_sums_kernel(
     stride_p,
     stride_c,
     P,
-    weight_stride,
-    bias_stride,
     C,
     SIZE,
     tiles,  # of a run
@@ -232,7 +228,7 @@ def channel_sums_kernel(
 ):
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mean, rstd = load_group_pair(stats_ptr, c, C, SIZE)
-    weight, bias = load_channels(weight_ptr, bias_ptr, weight_stride, bias_stride, c, C)
+    weight, bias = load_channels(weight_ptr, bias_ptr, c, C)
     dz_n_sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     dz_sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for i in range(tiles):
@@ -254,7 +250,6 @@ def group_means_kernel(
     sums_ptr,
     weight_ptr,
     means_ptr,  # [B, 2, G] fp32: over a group, of dn n and of dn = dz weight
-    weight_stride,
     runs,
     count,  # of a group, a float
     SIZE,
@@ -265,7 +260,7 @@ def group_means_kernel(
     i, run = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
     c = (g * SIZE + i).to(tl.int64)
     mask = (run < runs)[:, None] & (i < SIZE)[None, :]
-    weight = tl.load(weight_ptr + c * weight_stride, mask=i < SIZE, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + c, mask=i < SIZE, other=0.0).to(tl.float32)
     ptr = sums_ptr + ((b * runs + run) * 2 * SIZE * G)[:, None] + c[None, :]
     for which in tl.static_range(2):
         sums = tl.load(ptr + which * SIZE * G, mask=mask, other=0.0)
@@ -286,8 +281,6 @@ def group_norm_silu_backward_kernel(
     stride_p,
     stride_c,
     P,
-    weight_stride,
-    bias_stride,
     C,
     SIZE,
     BLOCK_P: tl.constexpr,
@@ -297,7 +290,7 @@ def group_norm_silu_backward_kernel(
     c, at, mask = tile_at(start, stride_b, stride_p, stride_c, P, C, BLOCK_P, BLOCK_C)
     mean, rstd = load_group_pair(stats_ptr, c, C, SIZE)
     dn_n_mean, dn_mean = load_group_pair(means_ptr, c, C, SIZE)
-    weight, bias = load_channels(weight_ptr, bias_ptr, weight_stride, bias_stride, c, C)
+    weight, bias = load_channels(weight_ptr, bias_ptr, c, C)
     n = (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
     dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
     dn = silu_backward(dy, n * weight + bias) * weight
@@ -325,8 +318,9 @@ def group_norm_silu(
     stats = group_stats(x, num_groups, eps)
     layout, blocks = tiled(x)
     grid = (triton.cdiv(layout[3], blocks["BLOCK_P"]), triton.cdiv(channels, blocks["BLOCK_C"]))
-    steps = (weight.stride(0), bias.stride(0), channels, channels // num_groups)
-    group_norm_silu_kernel[(*grid, batch)](x, weight, bias, stats, out, *layout, *steps, **blocks)
+    group_norm_silu_kernel[(*grid, batch)](
+        x, weight, bias, stats, out, *layout, channels, channels // num_groups, **blocks
+    )
 
 
 def group_norm_silu_backward(
@@ -345,18 +339,16 @@ def group_norm_silu_backward(
     stats = group_stats(x, num_groups, eps)
     layout, blocks = tiled(x)
     pixels = layout[3]
-    steps = (weight.stride(0), bias.stride(0), channels, size)
-    inputs = (dy, x, weight, bias, stats)
+    inputs, sizes = (dy, x, weight, bias, stats), (*layout, channels, size)
     columns = triton.cdiv(channels, blocks["BLOCK_C"])
     runs, tiles = split(pixels, blocks["BLOCK_P"], max(1, batch * columns))
     sums = x.new_empty((batch, runs, 2, channels), dtype=torch.float32)
     means = x.new_empty((batch, 2, num_groups), dtype=torch.float32)
-    channel_sums_kernel[(runs, columns, batch)](*inputs, sums, *layout, *steps, tiles, **blocks)
+    channel_sums_kernel[(runs, columns, batch)](*inputs, sums, *sizes, tiles, **blocks)
     group_means_kernel[(num_groups, batch)](
         sums,
         weight,
         means,
-        weight.stride(0),
         runs,
         float(max(1, size * pixels)),
         size,
@@ -365,6 +357,6 @@ def group_norm_silu_backward(
         num_warps=4,
     )
     group_norm_silu_backward_kernel[(triton.cdiv(pixels, blocks["BLOCK_P"]), columns, batch)](
-        *inputs, means, dx, *layout, *steps, **blocks
+        *inputs, means, dx, *sizes, **blocks
     )
     sum_partials(sums.view(1, batch * runs, 2, channels), 0, (dweight, dbias))

@@ -3,7 +3,7 @@
 Grid: 32 outputs and up to 64 rows a program, so that a schedule of 50 steps reads the weight once.
 Moves the weight once for every 64 rows; vec and the result are small.
 silu in fp32, rounded to the dtype as the product takes it; fp32 sums; bias added before rounding.
-Any strides; fp32 without TF32.
+weight and bias are contiguous on their last axis; fp32 without TF32.
 """
 
 import triton
@@ -23,8 +23,6 @@ def modulation_kernel(
     vec_stride_b,
     vec_stride_k,
     weight_stride_o,
-    weight_stride_k,
-    bias_stride,
     R,
     B,
     O,  # noqa: E741
@@ -44,11 +42,11 @@ def modulation_kernel(
         x = vec.to(tl.float32)
         x = (x * tl.sigmoid(x)).to(vec.dtype)
         mask = (k < K)[:, None] & (o < O)[None, :]
-        at = k[:, None] * weight_stride_k + o[None, :] * weight_stride_o
-        weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
+        at = weight_ptr + k[:, None] + o[None, :] * weight_stride_o
+        weight = tl.load(at, mask=mask, other=0.0)
         total = tl.dot(x, weight, total, input_precision="ieee")
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + o * bias_stride, mask=o < O, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
     out = total.to(out_ptr.dtype.element_ty)
     mask = (rows < R)[:, None] & (o < O)[None, :]
     tl.store(out_ptr + rows[:, None] * O + o[None, :], out, mask=mask)
@@ -65,8 +63,7 @@ def modulation(vec: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
         out,
         vec.stride(0) if steps else 0,
         *vec.stride()[-2:],
-        *weight.stride(),
-        bias.stride(0) if bias is not None else 0,
+        weight.stride(0),
         rows,
         batch,
         outputs,

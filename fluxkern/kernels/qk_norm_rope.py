@@ -11,19 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import MAX_B, rows_of_program, sum_partials
+from ._rows import MAX_B, View, parts_of, row_ptr, rows_of_part, sum_partials, view
 
 MAX_D = 512
 TILES = 4  # of heads, at most: loads of all are in flight together
 TOKENS = 16  # of one backward program: 512 + 4096 tokens are 288 programs
 
-View = tuple[Tensor, int, int, int]  # tensor, batch, token and head stride
-
 
 def unsupported(name: str, *args: object) -> str | None:
-    batch, _, _, dim = args[0].shape
-    if dim > MAX_D:
-        return f"takes a head dim of at most {MAX_D}, got {dim}"
+    batch, _, heads, dim = args[0].shape
+    if heads == 0 or not 0 < dim <= MAX_D:
+        return f"takes heads of 1 to {MAX_D} dims, got {heads} of {dim}"
     return f"takes at most {MAX_B} batch elements, got {batch}" if batch > MAX_B else None
 
 
@@ -34,23 +32,14 @@ def heads_config(H: int, D: int) -> dict[str, int]:
     return {"H": H, "D": D, "BLOCK_H": block_h, "BLOCK_D": block_d, "num_warps": num_warps}
 
 
-def view(t: Tensor) -> View:
-    return (t, *t.stride()[:3])
-
-
 def table(cos: Tensor, sin: Tensor) -> tuple[Tensor, int, Tensor, int]:
     return cos, cos.stride(0), sin, sin.stride(0)
 
 
 @triton.jit
-def token_ptr(view, b, row):
-    return view[0] + b * view[1] + row * view[2]
-
-
-@triton.jit
 def stream_token(is_txt, b, row, img_row, txt, img):
     """-> (pointer to the heads of a token, head stride)"""
-    ptr = tl.where(is_txt, token_ptr(txt, b, row), token_ptr(img, b, img_row))
+    ptr = tl.where(is_txt, row_ptr(txt, b, row), row_ptr(img, b, img_row))
     return ptr, tl.where(is_txt, txt[3], img[3])
 
 
@@ -139,20 +128,14 @@ def norm_rope_backward(dy, x, weight, cos, sin, eps, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=("txt_len", "img_first"))
 def qk_norm_rope_kernel(
-    txt_q,
-    txt_k,
-    txt_v,
-    img_q,
-    img_k,
-    img_v,
-    q_out,
-    k_out,
-    v_out,
+    txt,  # tensors; as many as have a weight are normed and rotated, the others copied
+    img,
+    outs,
     txt_weights,
     img_weights,
     rotation,
     txt_len,
-    img_first,  # token that stands first in img_q, img_k, img_v
+    img_first,  # token that stands first in img
     eps,
     COS_STRIDE_D: tl.constexpr,
     SIN_STRIDE_D: tl.constexpr,
@@ -163,41 +146,29 @@ def qk_norm_rope_kernel(
 ):
     row, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     is_txt, img_row = row < txt_len, row - img_first
-    q = ()
-    if q_out is not None:
-        q = load_heads(stream_token(is_txt, b, row, img_row, txt_q, img_q), H, D, BLOCK_H, BLOCK_D)
-    k = load_heads(stream_token(is_txt, b, row, img_row, txt_k, img_k), H, D, BLOCK_H, BLOCK_D)
+    x = ()
+    for n in tl.static_range(len(txt_weights)):
+        token = stream_token(is_txt, b, row, img_row, txt[n], img[n])
+        x += (load_heads(token, H, D, BLOCK_H, BLOCK_D),)
     cos, sin = load_rotation(rotation, row, COS_STRIDE_D, SIN_STRIDE_D, D, BLOCK_D)
-    if q_out is not None:
-        weight = load_weight(tl.where(is_txt, txt_weights[0], img_weights[0]), D, BLOCK_D)
-        token = (token_ptr(q_out, b, row), q_out[3])
-        for i in tl.static_range(len(q)):
-            y = norm_rope(q[i], weight, cos, sin, eps, D)
-            store_head_tile(token, y, i, H, D, BLOCK_H, BLOCK_D)
-    weight = load_weight(tl.where(is_txt, txt_weights[1], img_weights[1]), D, BLOCK_D)
-    token = (token_ptr(k_out, b, row), k_out[3])
-    for i in tl.static_range(len(k)):
-        y = norm_rope(k[i], weight, cos, sin, eps, D)
-        store_head_tile(token, y, i, H, D, BLOCK_H, BLOCK_D)
-    if v_out is not None:
-        v = load_heads(stream_token(is_txt, b, row, img_row, txt_v, img_v), H, D, BLOCK_H, BLOCK_D)
-        v_token = (token_ptr(v_out, b, row), v_out[3])
+    for n in tl.static_range(len(txt_weights)):
+        weight = load_weight(tl.where(is_txt, txt_weights[n], img_weights[n]), D, BLOCK_D)
+        for i in tl.static_range(len(x[n])):
+            y = norm_rope(x[n][i], weight, cos, sin, eps, D)
+            store_head_tile((row_ptr(outs[n], b, row), outs[n][3]), y, i, H, D, BLOCK_H, BLOCK_D)
+    for n in tl.static_range(len(txt_weights), len(txt)):
+        token = stream_token(is_txt, b, row, img_row, txt[n], img[n])
+        v = load_heads(token, H, D, BLOCK_H, BLOCK_D)
         for i in tl.static_range(len(v)):
-            store_head_tile(v_token, v[i], i, H, D, BLOCK_H, BLOCK_D)
+            store_head_tile((row_ptr(outs[n], b, row), outs[n][3]), v[i], i, H, D, BLOCK_H, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=("L", "txt_len"))
 def qk_norm_rope_backward_kernel(
     dq_out,
     dk_out,
-    txt_q,
-    txt_k,
-    img_q,
-    img_k,
-    txt_dq,
-    txt_dk,
-    img_dq,
-    img_dk,
+    txt,  # q, k, dq, dk
+    img,
     txt_weights,
     img_weights,
     rotation,
@@ -213,8 +184,9 @@ def qk_norm_rope_backward_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    first, rows, is_txt = rows_of_program(L, txt_len, TOKENS)
-    b = tl.program_id(1).to(tl.int64)
+    part, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, rows, stream = rows_of_part(part, L, txt_len, TOKENS)
+    is_txt = stream == 0
     q_weight = load_weight(tl.where(is_txt, txt_weights[0], img_weights[0]), D, BLOCK_D)
     k_weight = load_weight(tl.where(is_txt, txt_weights[1], img_weights[1]), D, BLOCK_D)
     dq_weight = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
@@ -222,13 +194,15 @@ def qk_norm_rope_backward_kernel(
     for i in range(rows):
         row = first + i
         img_row = row - txt_len
-        q = load_heads(stream_token(is_txt, b, row, img_row, txt_q, img_q), H, D, BLOCK_H, BLOCK_D)
-        dq = load_heads((token_ptr(dq_out, b, row), dq_out[3]), H, D, BLOCK_H, BLOCK_D)
-        k = load_heads(stream_token(is_txt, b, row, img_row, txt_k, img_k), H, D, BLOCK_H, BLOCK_D)
-        dk = load_heads((token_ptr(dk_out, b, row), dk_out[3]), H, D, BLOCK_H, BLOCK_D)
+        token = stream_token(is_txt, b, row, img_row, txt[0], img[0])
+        q = load_heads(token, H, D, BLOCK_H, BLOCK_D)
+        dq = load_heads((row_ptr(dq_out, b, row), dq_out[3]), H, D, BLOCK_H, BLOCK_D)
+        token = stream_token(is_txt, b, row, img_row, txt[1], img[1])
+        k = load_heads(token, H, D, BLOCK_H, BLOCK_D)
+        dk = load_heads((row_ptr(dk_out, b, row), dk_out[3]), H, D, BLOCK_H, BLOCK_D)
         cos, sin = load_rotation(rotation, row, COS_STRIDE_D, SIN_STRIDE_D, D, BLOCK_D)
-        q_token = stream_token(is_txt, b, row, img_row, txt_dq, img_dq)
-        k_token = stream_token(is_txt, b, row, img_row, txt_dk, img_dk)
+        q_token = stream_token(is_txt, b, row, img_row, txt[2], img[2])
+        k_token = stream_token(is_txt, b, row, img_row, txt[3], img[3])
         for j in tl.static_range(len(q)):
             dx, dw = norm_rope_backward(dq[j], q[j], q_weight, cos, sin, eps, D)
             store_head_tile(q_token, dx, j, H, D, BLOCK_H, BLOCK_D)
@@ -237,27 +211,33 @@ def qk_norm_rope_backward_kernel(
             store_head_tile(k_token, dx, j, H, D, BLOCK_H, BLOCK_D)
             dk_weight += dw
     d = tl.arange(0, BLOCK_D)
-    partial_ptr = partials_ptr + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + b) * 2 * D
+    partial_ptr = partials_ptr + (part * tl.num_programs(1) + b) * 2 * D
     tl.store(partial_ptr + d, tl.sum(dq_weight, 0), mask=d < D)
     tl.store(partial_ptr + D + d, tl.sum(dk_weight, 0), mask=d < D)
 
 
+def views(*tensors: Tensor) -> tuple[View, ...]:
+    return tuple(map(view, tensors))
+
+
 def launch(
-    txt: tuple,
-    img: tuple,
-    outs: tuple,
-    txt_weights: tuple,
-    img_weights: tuple,
+    txt: tuple[Tensor, ...],
+    img: tuple[Tensor, ...],
+    outs: tuple[Tensor, ...],
+    txt_weights: tuple[Tensor, ...],
+    img_weights: tuple[Tensor, ...],
     cos: Tensor,
     sin: Tensor,
     txt_len: int,
     img_first: int,
     eps: float,
 ) -> None:
-    """txt, img, outs: q, k and v, or None for q or v."""
-    batch, length, heads, dim = outs[1].shape
+    """txt, img, outs: tensors of which as many as there are weights are normed and rotated."""
+    batch, length, heads, dim = outs[0].shape
     qk_norm_rope_kernel[(length, batch)](
-        *(t if t is None else view(t) for t in (*txt, *img, *outs)),
+        views(*txt),
+        views(*img),
+        views(*outs),
         txt_weights,
         img_weights,
         table(cos, sin),
@@ -282,8 +262,7 @@ def qk_norm_rope(
     new_k: Tensor,
 ) -> None:
     weights = (q_weight, k_weight)
-    inputs, outs = (q, k, None), (new_q, new_k, None)
-    launch(inputs, inputs, outs, weights, weights, cos, sin, 0, 0, eps)
+    launch((q, k), (q, k), (new_q, new_k), weights, weights, cos, sin, 0, 0, eps)
 
 
 def qk_norm_rope_(
@@ -299,8 +278,7 @@ def qk_norm_rope_(
     eps: float,
 ) -> None:
     txt_weights, img_weights = (txt_q_weight, txt_k_weight), (img_q_weight, img_k_weight)
-    joint = (q, k, None)
-    launch(joint, joint, joint, txt_weights, img_weights, cos, sin, txt_len, 0, eps)
+    launch((q, k), (q, k), (q, k), txt_weights, img_weights, cos, sin, txt_len, 0, eps)
 
 
 def joint_qk_norm_rope(
@@ -348,12 +326,12 @@ def joint_qk_norm_rope_backward(
 ) -> None:
     batch, length, heads, dim = dq_out.shape
     txt_len = length - img_q.shape[1]
-    txt_parts = triton.cdiv(txt_len, TOKENS)
-    parts = txt_parts + triton.cdiv(length - txt_len, TOKENS)
+    txt_parts, parts = parts_of(length, txt_len, TOKENS)
     partials = dq_out.new_empty((1, parts * batch, 2, dim), dtype=torch.float32)
-    tensors = (dq_out, dk_out, txt_q, txt_k, img_q, img_k, txt_dq, txt_dk, img_dq, img_dk)
     qk_norm_rope_backward_kernel[(parts, batch)](
-        *map(view, tensors),
+        *views(dq_out, dk_out),
+        views(txt_q, txt_k, txt_dq, txt_dk),
+        views(img_q, img_k, img_dq, img_dk),
         (txt_q_weight, txt_k_weight),
         (img_q_weight, img_k_weight),
         table(cos, sin),
@@ -383,8 +361,5 @@ def qk_norm_rope_backward(
     dk: Tensor,
     *dweights: Tensor,  # of q and k
 ) -> None:
-    streams, weights = (q, k, q, k), (q_weight, k_weight) * 2
-    gradients = (dq, dk, dq, dk)
-    joint_qk_norm_rope_backward(
-        dq_out, dk_out, *streams, *weights, cos, sin, eps, *gradients, *dweights
-    )
+    inputs, weights, grads = (q, k) * 2, (q_weight, k_weight) * 2, (dq, dk) * 2
+    joint_qk_norm_rope_backward(dq_out, dk_out, *inputs, *weights, cos, sin, eps, *grads, *dweights)

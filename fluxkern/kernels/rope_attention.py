@@ -24,8 +24,10 @@ def rope_attention(
     sin: Tensor,
     eps: float,
     out: Tensor,
+    *,
+    tile: str | None = None,
 ) -> None:
     new_k = k.new_empty(k.shape)
-    stream, weights = (None, k, None), (q_weight, k_weight)
-    qk_norm_rope.launch(stream, stream, (None, new_k, None), weights, weights, cos, sin, 0, 0, eps)
-    forward(q, new_k, v, out, None, q_weight, cos, sin, eps)
+    weights = (k_weight,)
+    qk_norm_rope.launch((k,), (k,), (new_k,), weights, weights, cos, sin, 0, 0, eps)
+    forward(q, new_k, v, out, None, q_weight, cos, sin, eps, tile)
