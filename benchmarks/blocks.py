@@ -111,8 +111,7 @@ class Inputs:
 
         def run(x: Tensor, vec: Tensor) -> tuple[Tensor, ...]:
             stream = Stream(x, txt_len)
-            mods = (block.txt_mod, block.img_mod) if kind == "double" else (block.modulation,)
-            block(stream, *(mod(vec) for mod in mods), *angles)
+            block(stream, block.vectors(vec), *angles)
             return stream.split(stream.sum())
 
         call = self.in_direction(run, (x, self.vec), direction)

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from fluxkern import FluxPipeline, bench
+from fluxkern import FluxPipeline, bench, ops
 from fluxkern._files import write_files, write_json
 from fluxkern.compact import DEV_GUIDANCE, FEW_STEPS, GUIDANCE, STEPS, train
 from fluxkern.compact.distill import GUIDANCES, velocity_error
@@ -27,7 +27,6 @@ from fluxkern.compact.judge import judge
 from fluxkern.compact.optimise import Gradients, Optimised
 from fluxkern.model.sampling import get_noise, pack
 from fluxkern.model.transformer import Flux
-from fluxkern.ops import _dispatch
 from fluxkern.pipeline import COMPACT
 
 PROMPT = "a small yellow star at the top left, on a purple background"
@@ -203,11 +202,8 @@ def loss_curves(pipes: Pipes, args: argparse.Namespace) -> Iterator[Row]:
     """Training in fp32 on the same batches: relative difference of the losses at each step."""
     curves = []
     for backend in ("reference", None):
-        _dispatch.DEFAULT_BACKEND, before = backend, _dispatch.DEFAULT_BACKEND
-        try:
+        with ops.use_backend(backend):
             curves.append(loss_curve(pipes["base"], args.seed, args.steps))
-        finally:
-            _dispatch.DEFAULT_BACKEND = before
     if curves[0] == curves[1]:
         raise SystemExit("no kernel ran: both curves are of the reference")
     reference, fused = map(np.array, curves)

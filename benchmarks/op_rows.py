@@ -12,7 +12,7 @@ import torch
 from fluxkern import bench
 from fluxkern.bench import tune
 from fluxkern.cases import CASES, SHAPES, Maker
-from fluxkern.ops import measured, variants
+from fluxkern.ops import measured
 
 from . import rows
 from .jobs import FAILED, PASSED
@@ -22,7 +22,7 @@ def names_of(op: str, compiled: bool, device: str) -> tuple[str, ...]:
     """What is held to fp64 and timed: eager, every backend of the device, and all by others."""
     case = CASES[op]
     ours = [b for b in case.backends if (b == "cpu") == (device == "cpu")]
-    return ("eager", *["compile"] * compiled, *ours, *case.providers, *variants(op))
+    return ("eager", *["compile"] * compiled, *ours, *case.providers)
 
 
 def size_of(op: str, shape: str, dtype: str) -> tuple[str, int]:

@@ -20,9 +20,6 @@ from fluxkern.cases import CASES, SHAPES, TEST_SIZES
 from .runs import Report, default_device, default_shape, options
 
 NORM_FAMILY = (  # in order of importance
-    "joint_gated_residual_norm_modulate",
-    "joint_norm_modulate",
-    "joint_gated_residual",
     "gated_residual_norm_modulate",
     "norm_modulate",
     "gated_residual",

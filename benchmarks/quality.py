@@ -21,7 +21,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from fluxkern import FluxPipeline, bench
+from fluxkern import FluxPipeline, bench, ops
 from fluxkern.model import sampling
 
 from . import whole
@@ -162,7 +162,7 @@ def right(
     modes: dict[str, Mode], what: str, call: Callable[[Mode], tuple[Tensor]], start: Tensor
 ) -> dict[str, float]:
     def on_the_reference(mode: Mode) -> tuple[Tensor]:
-        with whole.on_the_reference():
+        with ops.use_backend("reference"):
             return call(mode)
 
     truth = Truth(on_the_reference(modes["fp32"]), (start,))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxkern import bench
+from fluxkern import bench, ops
 from fluxkern.model import sampling
 
 from . import profile, step, whole
@@ -89,7 +89,7 @@ def error_of(what: str, model: step.Model, given: dict[str, Any], steps: int) ->
     Raises:
         WrongResult: it is too large, or an op ran without its kernel.
     """
-    with step.in_fp32(model.flux), whole.on_the_reference():
+    with step.in_fp32(model.flux), ops.use_backend("reference"):
         (right,) = run(model, step.widened(given), steps)
     start = given["img"].float() if steps else torch.zeros_like(right)
     truth = Truth((right.float(),), (start,))

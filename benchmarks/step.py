@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxkern import bench
+from fluxkern import bench, ops
 from fluxkern.cases import SHAPES
 from fluxkern.model import sampling
 from fluxkern.model.autoencoder import AutoEncoder, AutoEncoderConfig
@@ -190,7 +190,7 @@ class Model:
 
     def on_the_reference(self, call: Callable, *args: Any) -> Callable[[], tuple[Tensor]]:
         def run() -> tuple[Tensor]:
-            with whole.on_the_reference():
+            with ops.use_backend("reference"):
                 return call(*args)
 
         return run
@@ -203,7 +203,7 @@ class Model:
         if what == "gradients":  # whose backward reads the weights again
             self.flux.float()
         try:
-            with in_fp32(self.flux), whole.on_the_reference():
+            with in_fp32(self.flux), ops.use_backend("reference"):
                 if self.vae is not None:
                     self.vae.float()
                 return tuple(t.float() for t in call())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fluxkern import bench, ops
+from fluxkern import bench
 from fluxkern.cases import CASES
 
 from . import profile
@@ -75,7 +75,6 @@ def kernels_of(op: str, device: str) -> set[str]:
         return set()
     found = {"cpu"} if device == "cpu" else {"cuda", "triton"}
     found &= set(case.backends)
-    found |= set(ops.variants(op.removesuffix("_backward"))) if "cuda" in found else set()
     return found | set(case.providers) if found and device != "cpu" else found
 
 
@@ -95,17 +94,6 @@ def where_it_should(name: str, provider: "Provider", device: str) -> Iterator[No
         raise bench.WrongResult(f"the reference of every op must run, got {said}")
     if ran and not provider.ours and name != EAGER:
         raise bench.WrongResult(f"{name} must run none of our ops, got {said}")
-
-
-@contextmanager
-def on_the_reference() -> Iterator[None]:
-    """Our own models as plain PyTorch."""
-    before = ops._dispatch.DEFAULT_BACKEND
-    ops._dispatch.DEFAULT_BACKEND = "reference"
-    try:
-        yield
-    finally:
-        ops._dispatch.DEFAULT_BACKEND = before
 
 
 def best_attention(device: str) -> AbstractContextManager[None]:

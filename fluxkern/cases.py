@@ -22,10 +22,16 @@ class Sizes:
     head_dim: int = 10
     skip: int = 2  # tokens in front of the view
     spare: int = 5  # columns behind the view: rows of the buffer are that much longer
+    streams: int = 2  # S of the vectors: text and image, or one for both
 
     @property
     def tokens(self) -> int:
         return self.txt + self.img
+
+    @property
+    def txt_len(self) -> int:
+        """That of an op with vectors."""
+        return self.txt if self.streams == 2 else 0
 
     @property
     def stream(self) -> int:
@@ -56,6 +62,8 @@ TEST_SIZES = {
     "empty text": Sizes(txt=0),
     "no image": Sizes(img=0),
     "FLUX's width": Sizes(1, 2, 3, 3072, 24, 128, skip=0, spare=0),
+    "one stream": Sizes(streams=1),
+    "one stream of FLUX's width": Sizes(1, 2, 3, 3072, 24, 128, skip=0, spare=0, streams=1),
     "a wide odd row": Sizes(1, 1, 2, 3077, 2, 64, skip=1, spare=3),
 }
 
@@ -83,9 +91,10 @@ class Maker:
         s = self.sizes
         return self.normal(s.batch, s.tokens + s.skip, s.hidden + s.spare)[:, s.skip :, : s.hidden]
 
-    def rows(self) -> tuple[Tensor, ...]:
-        """Six [B, 1, C], chunks of one modulation."""
-        return self.normal(self.sizes.batch, 1, 6 * self.sizes.hidden).chunk(6, -1)
+    def vectors(self) -> tuple[Tensor, ...]:
+        """shift, scale, gate twice, [B, S, C]: chunks of the modulations of all streams."""
+        s = self.sizes
+        return self.normal(s.batch, s.streams, 6 * s.hidden).chunk(6, -1)
 
     def qkv(self, length: int) -> tuple[Tensor, ...]:
         """Three [B, length, H, D] of one projection."""
@@ -111,37 +120,18 @@ def tables(angle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norm_modulate(m: Maker) -> dict[str, Any]:
-    shift, scale, *_ = m.rows()
-    return {"x": m.tokens(), "scale": scale, "shift": shift}
-
-
-def _joint_norm_modulate(m: Maker) -> dict[str, Any]:
-    txt, img = m.rows(), m.rows()
-    vectors = {"txt_scale": txt[1], "txt_shift": txt[0], "img_scale": img[1], "img_shift": img[0]}
-    return {"x": m.tokens(), **vectors, "txt_len": m.sizes.txt}
+    shift, scale, *_ = m.vectors()
+    return {"x": m.tokens(), "scale": scale, "shift": shift, "txt_len": m.sizes.txt_len}
 
 
 def _gated_residual(m: Maker) -> dict[str, Any]:
-    return {"x": m.tokens(), "y": m.tokens(), "gate": m.rows()[2]}
-
-
-def _joint_gated_residual(m: Maker) -> dict[str, Any]:
-    gates = {"txt_gate": m.rows()[2], "img_gate": m.rows()[2]}
-    return {"x": m.tokens(), "y": m.tokens(), **gates, "txt_len": m.sizes.txt}
+    return {"x": m.tokens(), "y": m.tokens(), "gate": m.vectors()[2], "txt_len": m.sizes.txt_len}
 
 
 def _fused(m: Maker) -> dict[str, Any]:
-    _, _, gate, shift, scale, _ = m.rows()
-    return {"x": m.tokens(), "y": m.tokens(), "gate": gate, "scale": scale, "shift": shift}
-
-
-def _joint_fused(m: Maker) -> dict[str, Any]:
-    args = {"x": m.tokens(), "y": m.tokens()}
-    for stream in ("txt", "img"):
-        _, _, gate, shift, scale, _ = m.rows()
-        vectors = {f"{stream}_gate": gate, f"{stream}_scale": scale, f"{stream}_shift": shift}
-        args.update(vectors)
-    return {**args, "txt_len": m.sizes.txt}
+    shift, scale, gate, *_ = m.vectors()
+    vectors = {"gate": gate, "scale": scale, "shift": shift}
+    return {"x": m.tokens(), "y": m.tokens(), **vectors, "txt_len": m.sizes.txt_len}
 
 
 def _qk_norm_rope(m: Maker) -> dict[str, Any]:
@@ -221,7 +211,7 @@ class Case:
         why: the sentence that derives them.
         flops: of the matrix products, from the arguments.
         backends: those that have a kernel of their own.
-        providers: kernels of others, on a GPU.
+        providers: others, in half precision on a GPU; the op names them.
         bytes: moved beside the elements, whatever the dtype.
     """
 
@@ -237,7 +227,7 @@ class Case:
 
 _NORMS = ("cpu", "triton", "cuda")
 _FP8 = ("triton", "cuda")  # no product of a CPU takes e4m3 as it is
-_PROVIDERS = ("cudnn", "flash3", "flash", "sdpa")
+_PROVIDERS = ("cudnn", "flash3", "flash", "sdpa", "cuda-wgmma")
 
 
 def _attention_flops(args: dict[str, Any]) -> int:
@@ -257,13 +247,6 @@ CASES = {
         "reads x, writes h; backward reads dh and x, writes dx; the vectors are a row each",
         backends=_NORMS,
     ),
-    "joint_norm_modulate": Case(
-        _joint_norm_modulate,
-        lambda s: 2 * s.stream,
-        lambda s: 3 * s.stream,
-        "as norm_modulate",
-        backends=_NORMS,
-    ),
     "gated_residual": Case(
         _gated_residual,
         lambda s: 3 * s.stream,
@@ -271,25 +254,11 @@ CASES = {
         "reads x and y, writes x_new; backward reads dx_new and y, writes dy (dx is dx_new)",
         backends=_NORMS,
     ),
-    "joint_gated_residual": Case(
-        _joint_gated_residual,
-        lambda s: 3 * s.stream,
-        lambda s: 3 * s.stream,
-        "as gated_residual",
-        backends=_NORMS,
-    ),
     "gated_residual_norm_modulate": Case(
         _fused,
         lambda s: 4 * s.stream,
         lambda s: 6 * s.stream,
         "reads x and y, writes x_new and h; backward reads dx_new, dh, x_new, y, writes dx, dy",
-        backends=_NORMS,
-    ),
-    "joint_gated_residual_norm_modulate": Case(
-        _joint_fused,
-        lambda s: 4 * s.stream,
-        lambda s: 6 * s.stream,
-        "as gated_residual_norm_modulate",
         backends=_NORMS,
     ),
     "qk_norm_rope": Case(
@@ -330,6 +299,7 @@ CASES = {
         "as attention",
         _attention_flops,
         ("cpu", "triton", "cuda"),
+        _PROVIDERS,
     ),
     "rope_attention": Case(
         _rope_attention,

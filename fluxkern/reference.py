@@ -29,77 +29,75 @@ def _in_fp32(backward: Callable) -> Callable:
 
 
 def _rows(vec: Tensor) -> Tensor:
-    return vec if vec.ndim == 3 else vec.unsqueeze(1)  # [B, C] or [B, 1, C] -> [B, 1, C]
+    return vec if vec.ndim == 3 else vec.unsqueeze(1)  # [B, C] or [B, S, C] -> [B, S, C]
 
 
-def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+def _has_streams(vec: Tensor) -> bool:
+    return vec.ndim == 3 and vec.shape[1] == 2
+
+
+def _by_stream(
+    op: Callable,
+    txt_len: int,
+    tokens: tuple[Tensor, ...],
+    vectors: tuple[Tensor, ...],
+    *rest: float,
+) -> Tensor | tuple[Tensor, ...]:
+    """The first txt_len tokens with the first of each two vectors, the others with the second."""
+    txt = op(*(t[:, :txt_len] for t in tokens), *(v[:, :1] for v in vectors), 0, *rest)
+    img = op(*(t[:, txt_len:] for t in tokens), *(v[:, 1:] for v in vectors), 0, *rest)
+    if isinstance(txt, Tensor):
+        return torch.cat((txt, img), 1)
+    return tuple(torch.cat(pair, 1) for pair in zip(txt, img, strict=True))
+
+
+def norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, txt_len: int = 0, eps: float = 1e-6
+) -> Tensor:
+    if _has_streams(scale):
+        return _by_stream(norm_modulate, txt_len, (x,), (scale, shift), eps)
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + _rows(scale)) + _rows(shift)
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, txt_len: int = 0) -> Tensor:
+    if _has_streams(gate):
+        return _by_stream(gated_residual, txt_len, (x, y), (gate,))
     return x + _rows(gate) * y
 
 
 def gated_residual_norm_modulate(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    x_new = gated_residual(x, y, gate)
-    return x_new, norm_modulate(x_new, scale, shift, eps)
-
-
-def joint_norm_modulate(
-    x: Tensor,
-    txt_scale: Tensor,
-    txt_shift: Tensor,
-    img_scale: Tensor,
-    img_shift: Tensor,
-    txt_len: int,
-    eps: float = 1e-6,
-) -> Tensor:
-    txt = norm_modulate(x[:, :txt_len], txt_scale, txt_shift, eps)
-    img = norm_modulate(x[:, txt_len:], img_scale, img_shift, eps)
-    return torch.cat((txt, img), 1)
-
-
-def joint_gated_residual(
-    x: Tensor, y: Tensor, txt_gate: Tensor, img_gate: Tensor, txt_len: int
-) -> Tensor:
-    txt = gated_residual(x[:, :txt_len], y[:, :txt_len], txt_gate)
-    img = gated_residual(x[:, txt_len:], y[:, txt_len:], img_gate)
-    return torch.cat((txt, img), 1)
-
-
-def joint_gated_residual_norm_modulate(
     x: Tensor,
     y: Tensor,
-    txt_gate: Tensor,
-    txt_scale: Tensor,
-    txt_shift: Tensor,
-    img_gate: Tensor,
-    img_scale: Tensor,
-    img_shift: Tensor,
-    txt_len: int,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    txt_len: int = 0,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    x_new = joint_gated_residual(x, y, txt_gate, img_gate, txt_len)
-    h = joint_norm_modulate(x_new, txt_scale, txt_shift, img_scale, img_shift, txt_len, eps)
-    return x_new, h
+    x_new = gated_residual(x, y, gate, txt_len)
+    return x_new, norm_modulate(x_new, scale, shift, txt_len, eps)
 
 
 @_in_fp32
 def norm_modulate_backward(
-    dh: Tensor, x: Tensor, scale: Tensor, eps: float = 1e-6
+    dh: Tensor, x: Tensor, scale: Tensor, txt_len: int = 0, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if _has_streams(scale):
+        return _by_stream(norm_modulate_backward, txt_len, (dh, x), (scale,), eps)
     n = F.layer_norm(x, x.shape[-1:], eps=eps)
     rstd = (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()
-    dn = dh * (1 + _rows(scale))
+    dn = dh * (1 + scale)
     dx = rstd * (dn - dn.mean(-1, keepdim=True) - n * (dn * n).mean(-1, keepdim=True))
-    return dx, (dh * n).sum(1).view_as(scale), dh.sum(1).view_as(scale)
+    return dx, (dh * n).sum(1, keepdim=True), dh.sum(1, keepdim=True)
 
 
 @_in_fp32
-def gated_residual_backward(dx_new: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    return _rows(gate) * dx_new, (dx_new * y).sum(1).view_as(gate)  # dx is dx_new itself
+def gated_residual_backward(
+    dx_new: Tensor, y: Tensor, gate: Tensor, txt_len: int = 0
+) -> tuple[Tensor, Tensor]:
+    if _has_streams(gate):
+        return _by_stream(gated_residual_backward, txt_len, (dx_new, y), (gate,))
+    return gate * dx_new, (dx_new * y).sum(1, keepdim=True)  # dx is dx_new itself
 
 
 @_in_fp32
@@ -110,59 +108,12 @@ def gated_residual_norm_modulate_backward(
     y: Tensor,
     gate: Tensor,
     scale: Tensor,
+    txt_len: int = 0,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dn, dscale, dshift = norm_modulate_backward(dh, x_new, scale, eps)
+    dn, dscale, dshift = norm_modulate_backward(dh, x_new, scale, txt_len, eps)
     dx = dx_new + dn
-    return dx, *gated_residual_backward(dx, y, gate), dscale, dshift
-
-
-@_in_fp32
-def joint_norm_modulate_backward(
-    dh: Tensor,
-    x: Tensor,
-    txt_scale: Tensor,
-    img_scale: Tensor,
-    txt_len: int,
-    eps: float = 1e-6,
-) -> tuple[Tensor, ...]:
-    txt = norm_modulate_backward(dh[:, :txt_len], x[:, :txt_len], txt_scale, eps)
-    img = norm_modulate_backward(dh[:, txt_len:], x[:, txt_len:], img_scale, eps)
-    return torch.cat((txt[0], img[0]), 1), *txt[1:], *img[1:]
-
-
-@_in_fp32
-def joint_gated_residual_backward(
-    dx_new: Tensor, y: Tensor, txt_gate: Tensor, img_gate: Tensor, txt_len: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    txt = gated_residual_backward(dx_new[:, :txt_len], y[:, :txt_len], txt_gate)
-    img = gated_residual_backward(dx_new[:, txt_len:], y[:, txt_len:], img_gate)
-    return torch.cat((txt[0], img[0]), 1), txt[1], img[1]
-
-
-@_in_fp32
-def joint_gated_residual_norm_modulate_backward(
-    dx_new: Tensor,
-    dh: Tensor,
-    x_new: Tensor,
-    y: Tensor,
-    txt_gate: Tensor,
-    txt_scale: Tensor,
-    img_gate: Tensor,
-    img_scale: Tensor,
-    txt_len: int,
-    eps: float = 1e-6,
-) -> tuple[Tensor, ...]:
-    txt, img = (
-        gated_residual_norm_modulate_backward(
-            *(t[:, rows] for t in (dx_new, dh, x_new, y)), gate, scale, eps
-        )
-        for rows, gate, scale in (
-            (slice(None, txt_len), txt_gate, txt_scale),
-            (slice(txt_len, None), img_gate, img_scale),
-        )
-    )
-    return torch.cat((txt[0], img[0]), 1), torch.cat((txt[1], img[1]), 1), *txt[2:], *img[2:]
+    return dx, *gated_residual_backward(dx, y, gate, txt_len), dscale, dshift
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -385,9 +336,9 @@ def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm_modulate_fp8(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
+    x: Tensor, scale: Tensor, shift: Tensor, txt_len: int = 0, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    return quantize_rows_fp8(norm_modulate(x, scale, shift, eps))
+    return quantize_rows_fp8(norm_modulate(x, scale, shift, txt_len, eps))
 
 
 def gelu_tanh_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,12 +347,12 @@ def gelu_tanh_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, size: int) -> Tensor:
     """Runs of `size` channels by the Kronecker power of the regular Hadamard matrix of 4."""
-    four = (1 - 2 * torch.eye(4, device=x.device).flip(0)) / 2
-    hadamard = torch.ones(1, 1, device=x.device)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    four = (1 - 2 * torch.eye(4, dtype=wide.dtype, device=x.device).flip(0)) / 2
+    hadamard = wide.new_ones(1, 1)
     while len(hadamard) < size:
         hadamard = torch.kron(hadamard, four)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide.unflatten(-1, (-1, size)) @ hadamard.to(wide.dtype)).flatten(-2)
+    return (wide.unflatten(-1, (-1, size)) @ hadamard).flatten(-2)
 
 
 def linear_int8(

@@ -3,6 +3,8 @@
 import logging
 import os
 import secrets
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it; child processes inherit it
@@ -13,6 +15,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is made
+
+from fluxkern import ops  # noqa: E402  after the environment is as kernels read it
+from fluxkern.ops import Backend, _backends  # noqa: E402
 
 logging.getLogger("torch.__trace").propagate = False  # pytest would format every record: 8x slower
 
@@ -87,3 +92,27 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(autouse=True)
 def _seeded(seed: int) -> None:
     torch.manual_seed(seed)
+
+
+@pytest.fixture
+def use_backend() -> Iterator[Callable[[str | None], None]]:
+    """Makes a backend that of all ops until the test ends."""
+    with ExitStack() as stack:
+        yield lambda name: stack.enter_context(ops.use_backend(name))
+
+
+@pytest.fixture
+def plant() -> Iterator[Callable[[str, Backend], None]]:
+    """Puts a backend in the place of an op's own until the test ends."""
+    planted: list[tuple[str, str, Backend | str | None]] = []
+
+    def plant(op: str, backend: Backend) -> None:
+        planted.append((op, backend.name, _backends._registry[op].get(backend.name)))
+        ops.register(op, backend)
+
+    yield plant
+    for op, name, before in reversed(planted):
+        del _backends._registry[op][name]
+        if before is not None:
+            _backends._registry[op][name] = before
+    _backends._changed()

@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxkern.model.transformer import Flux, FluxConfig
-from fluxkern.ops import _attention_providers as providers
-from fluxkern.ops import _dispatch, measured
+from fluxkern.ops import _backends, _load, measured
+from fluxkern.ops.attention import providers
 
 NAMES = {(8, 0): "A100", (8, 9): "RTX 4090", (9, 0): "H100", (10, 0): "B200", (12, 0): "RTX 5090"}
 
@@ -49,7 +49,7 @@ class Unguarded(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def load_reason(name: str, real: Callable = _dispatch.load_reason) -> str | None:
+def load_reason(name: str, real: Callable = _load.load_reason) -> str | None:
     return "_C_cuda.so is missing (left out)" if name.startswith("cuda") else real(name)
 
 
@@ -60,8 +60,8 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     What chooses a backend is the real thing; what is asked of the machine is answered here. CUDA
     kernels are not built, whether they are or not.
     """
-    kept = {op: dict(found) for op, found in _dispatch._registry.items()}
-    for found in _dispatch._registry.values():  # Triton's are looked for again: not interpreted
+    kept = {op: dict(found) for op, found in _backends._registry.items()}
+    for found in _backends._registry.values():  # Triton's are looked for again: not interpreted
         found.pop("triton", None)
         for name in ("cuda", "cuda-wgmma"):
             if getattr(found.get(name), "write", None):  # of the object; those of torch stay
@@ -70,9 +70,9 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     with (
         FakeTensorMode(),
         Unguarded(),
-        patch.object(_dispatch, "_no_cuda", lambda: None),
-        patch.object(_dispatch, "load_reason", load_reason),
-        patch.object(_dispatch, "_interpreting", lambda: False),
+        patch.object(_load, "no_cuda", lambda: None),
+        patch.object(_load, "load_reason", load_reason),
+        patch.object(_load, "interpreting", lambda: False),
         patch.object(torch.cuda, "get_device_capability", lambda device=None: capability),
         patch.object(measured, "device_name", lambda device: f"fake {NAMES[capability]}"),
         patch.object(providers, "_torch_takes", lambda *_: True),
@@ -80,8 +80,8 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     ):
         yield
     for op, found in kept.items():
-        _dispatch._registry[op].clear()
-        _dispatch._registry[op].update(found)
+        _backends._registry[op].clear()
+        _backends._registry[op].update(found)
     measured.forget()
 
 
@@ -114,7 +114,7 @@ class Chosen(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         space, _, name = op.name().partition("::")
         if space == "fluxkern":
-            (choice,) = _dispatch.explain(name, *args[:-1])
+            (choice,) = _backends.explain(name, *args[:-1])
             self.calls.append((name, choice.chosen))
         return op(*args, **kwargs or {})
 

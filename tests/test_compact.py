@@ -1,5 +1,7 @@
 """The shipped compact checkpoint: what it draws, as the judge sees it, and in diffusers."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ from fluxkern.compact.evaluate import adherence, reconstruction
 from fluxkern.compact.judge import judge, matches
 from fluxkern.compact.text import T5_LENGTH
 from fluxkern.model.sampling import get_noise, pack
-from fluxkern.ops import _dispatch
 from fluxkern.pipeline import COMPACT, COMPACT_WEIGHTS, FluxPipeline
 
 COUNT = 64  # pictures
@@ -120,7 +121,7 @@ def test_diffusers_draws_the_same_picture_from_a_shipped_folder(name: str, seed:
 
 
 def test_the_kernels_draw_the_picture_of_the_reference(
-    pipe: FluxPipeline, seed: int, monkeypatch: pytest.MonkeyPatch
+    pipe: FluxPipeline, seed: int, use_backend: Callable
 ) -> None:
     (choice,) = ops.explain("gated_residual_norm_modulate")
     if choice.chosen == "reference":
@@ -138,7 +139,7 @@ def test_the_kernels_draw_the_picture_of_the_reference(
         return out.images[0]
 
     ours = draw()
-    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "reference")
+    use_backend("reference")
     assert np.abs(ours - draw()).max() <= 1 / 255
 
 

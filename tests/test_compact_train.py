@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fluxkern import pipeline
+from fluxkern import ops, pipeline
 from fluxkern.checkpoint import weights_hash
 from fluxkern.cli import main
 from fluxkern.compact import distill, optimise, ship, text, train
@@ -36,7 +36,6 @@ from fluxkern.model.sampling import (
 )
 from fluxkern.model.text_encoder import TextEncoder
 from fluxkern.model.transformer import CONFIGS, Flux
-from fluxkern.ops import _dispatch
 from fluxkern.pipeline import FluxPipeline
 
 SIZES = {"hidden_size": 64, "num_heads": 1, "depth": 1, "depth_single_blocks": 1}
@@ -104,13 +103,11 @@ def loss_curve(folder, seed: int, steps: int) -> list[float]:
     return losses
 
 
-def test_fused_and_reference_ops_train_along_the_same_curve(
-    tmp_path, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fused_and_reference_ops_train_along_the_same_curve(tmp_path, seed: int) -> None:
     curves = []
     for backend in ("cpu", "reference"):
-        monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", backend)
-        curves.append(loss_curve(tmp_path, seed, 40))
+        with ops.use_backend(backend):
+            curves.append(loss_curve(tmp_path, seed, 40))
     fused, reference = map(torch.tensor, curves)
     assert fused[-1] < 0.9 * fused[0] and not torch.equal(fused, reference)
     assert ((fused - reference).abs() / reference).max() <= 1e-3

@@ -18,7 +18,6 @@ from torch import library as torch_library
 
 from fluxkern import ops
 from fluxkern.cases import CASES, TEST_SIZES, Maker, Sizes
-from fluxkern.ops import _dispatch
 from fluxkern.testing import (
     assert_accurate,
     copied,
@@ -48,6 +47,7 @@ DEVICES = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FEW = 8  # numbers of a row: of fewer that are nearly equal, rounding decides the gradient
 BY_LSE = ("attention", "attention_lse")  # exp(score - lse) again in the backward
+VECTORS = ("gate", "scale", "shift")
 BY_CUBLAS = ("linear",)  # no source of ours to run on a CPU
 PAIRS = [
     (op, backend)
@@ -73,7 +73,7 @@ def _poisoned_memory() -> Iterator[None]:
 
 def function(op: str, backend: str) -> Callable:
     """The public op on this backend; skips where the machine has none."""
-    reason = _dispatch._reason(op, backend, (), named=True)
+    reason = ops.why_not(op, backend)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     return partial(getattr(ops, op), backend=backend)
@@ -161,6 +161,7 @@ def test_any_size_and_stride_drawn_at_random_is_taken(op: str, backend: str, see
             head_dim=st.integers(1, 40).map(lambda n: 2 * n),
             skip=small,
             spare=st.integers(0, 9),
+            streams=st.sampled_from([1, 2]),
         ),
         st.sampled_from(sorted(DTYPES)),
     )
@@ -182,22 +183,29 @@ def test_any_size_and_stride_drawn_at_random_is_taken(op: str, backend: str, see
 # strides, memory, bits
 
 
-def flat_vectors(args: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: v.squeeze(1) if isinstance(v, Tensor) and v.ndim == 3 and v.shape[1] == 1 else v
-        for name, v in args.items()
-    }
+def without_stream_axis(args: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: v.squeeze(1) if name in names else v for name, v in args.items()}
 
 
+@pytest.mark.parametrize("flat", [1, 2, 3], ids=["the first", "the last", "all"])
 @every_pair
-def test_vectors_may_lack_the_token_axis(op: str, backend: str):
-    args = make(op, backend, Sizes())
-    flat = flat_vectors(args)
-    if all(flat[name] is args[name] for name in args):
+def test_vectors_of_one_stream_may_lack_its_axis(op: str, backend: str, flat: int):
+    """[B, C] beside [B, 1, C] too, and their gradients have their ranks."""
+    args = make(op, backend, Sizes(streams=1))
+    vectors = [name for name in args if name in VECTORS]
+    if not vectors:
         pytest.skip("no vector among the arguments")
+    chosen = {1: vectors[:1], 2: vectors[-1:], 3: vectors}[flat]
+    flat_args = without_stream_axis(args, tuple(chosen))
     run = function(op, backend)
-    expected, out = outputs(run, args), outputs(run, flat)
+    expected, out = outputs(run, args), outputs(run, flat_args)
     assert all(torch.equal(o, e) for o, e in zip(out, expected, strict=True))
+    if (op, backend) in DIFFERENTIABLE:
+        dout = tuple(torch.randn_like(t.contiguous()) for t in out)
+        found = gradients(run, flat_args, dout)
+        for name, o, e in zip(leaves(args), found, gradients(run, args, dout), strict=True):
+            assert o.shape == flat_args[name].shape
+            assert torch.equal(o.view_as(e), e)
 
 
 @every_pair
@@ -265,27 +273,14 @@ def test_only_the_asked_for_gradients_are_given_and_none_is_lost(op: str, backen
 
 
 @every_pair
-def test_a_named_backend_is_the_one_that_runs_with_gradients_too(
-    op: str, backend: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_named_backend_is_the_one_that_runs_with_gradients_too(op: str, backend: str):
     if op in ("qk_norm_rope_", "linear_int8") or op.endswith("_fp8"):
         pytest.skip("has no gradient")
     run, args = function(op, backend), make(op, backend, Sizes())
-    depth, named, real = 0, set(), _dispatch.run
-
-    def spy(name: str, by_name: str | None, *call: object) -> object:
-        nonlocal depth
-        named.update([by_name] if depth == 0 else [])  # a kernel may call other ops
-        depth += 1
-        try:
-            return real(name, by_name, *call)
-        finally:
-            depth -= 1
-
     out = outputs(run, copied(args))
-    monkeypatch.setattr(_dispatch, "run", spy)
-    gradients(run, args, tuple(torch.randn_like(t.contiguous()) for t in out))
-    assert named == {backend}
+    with ops.record() as calls:
+        gradients(run, args, tuple(torch.randn_like(t.contiguous()) for t in out))
+    assert {call.named for call in calls if not call.nested} == {backend}
 
 
 # torch's own contract
@@ -299,26 +294,18 @@ def test_opcheck_is_clean(op: str, backend: str):
 
 
 @every_differentiable
-def test_opcheck_of_the_backward_is_clean(op: str, backend: str, monkeypatch: pytest.MonkeyPatch):
+def test_opcheck_of_the_backward_is_clean(op: str, backend: str):
     """With the very arguments that autograd hands to it."""
     run, args = function(op, backend), make(op, backend, Sizes())
-    seen = []
-    real = _dispatch.run
-
-    def spy(name: str, named: str | None, *call: object) -> object:
-        seen.append((name, named, call))
-        return real(name, named, *call)
-
-    monkeypatch.setattr(_dispatch, "run", spy)
     out = outputs(run, copied(args))
-    gradients(run, args, tuple(torch.randn_like(t.contiguous()) for t in out))
-    calls = [call for call in seen if call[0].endswith("_backward")]
-    monkeypatch.setattr(_dispatch, "run", real)
-    assert calls
-    for name, named, call in calls:
-        assert named == backend
-        detached = (a.detach() if isinstance(a, Tensor) else a for a in call)
-        torch_library.opcheck(torch_op(name), (*detached, backend))
+    with ops.record() as calls:
+        gradients(run, args, tuple(torch.randn_like(t.contiguous()) for t in out))
+    backward = [call for call in calls if call.op.endswith("_backward") and not call.nested]
+    assert backward
+    for call in backward:
+        assert call.named == backend
+        detached = (a.detach() if isinstance(a, Tensor) else a for a in call.args)
+        torch_library.opcheck(torch_op(call.op), (*detached, backend))
 
 
 @every_pair
@@ -382,7 +369,7 @@ def test_the_coverage_table_has_no_empty_cell(backend: str, request: pytest.Fixt
         pytest.skip("a part of this file was run")
     promised = coverage_table.promised(request.config)
     for op in (op for op, promised in PAIRS if promised == backend):
-        if _dispatch._reason(op, backend, (), named=True) is None:
+        if ops.why_not(op, backend) is None:
             both = ("forward", "backward") if (op, backend) in DIFFERENTIABLE else ("forward",)
             for direction in both:
                 for dtype in DTYPES:

@@ -8,14 +8,14 @@ from test_contract import DIFFERENTIABLE, DTYPES, assert_backward, assert_forwar
 
 from fluxkern import ops, reference
 from fluxkern.cases import CASES, TEST_SIZES, Sizes, tables
-from fluxkern.ops import _dispatch
+from fluxkern.ops import _load
 from fluxkern.testing import assert_accurate
 
 KERNELS = torch.ops.fluxkern_cpu
 COMPILED = [
     op
     for op in CASES
-    if _dispatch.load_reason("cpu") is None and hasattr(KERNELS, op)  # linear is torch's
+    if _load.load_reason("cpu") is None and hasattr(KERNELS, op)  # linear is torch's
 ]
 ISAS = ("baseline", "avx2", "avx512", "avx512-vnni")
 LENGTHS = [(1, 1), (5, 300), (95, 192), (96, 12), (97, 193), (200, 1)]  # queries, keys
@@ -24,7 +24,7 @@ HEAD_DIMS = [1, 2, 31, 64, 66, 128, 160]
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if reason := _dispatch.load_reason("cpu"):
+    if reason := _load.load_reason("cpu"):
         pytest.skip(reason)
     best = KERNELS._isa()
     try:

@@ -9,7 +9,7 @@ from planted_kernels import ROOT, planted_programs, source_without
 from torch import Tensor
 
 from fluxkern import reference
-from fluxkern.ops import _dispatch, attention, attention_lse, rope_attention
+from fluxkern.ops import _load, attention, attention_lse, rope_attention
 from fluxkern.testing import assert_accurate
 
 EMULATOR = "cuda-emulator"
@@ -19,7 +19,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 @pytest.fixture
 def built() -> None:
-    if reason := _dispatch.load_reason(EMULATOR):
+    if reason := _load.load_reason(EMULATOR):
         pytest.skip(reason)
 
 

@@ -177,3 +177,8 @@ def test_a_divergent_barrier_is_an_error_and_no_hang(build, bug: int, told: str)
     done = run(build(), bug)
     assert done.returncode == 3
     assert done.stdout.startswith("divergent barrier: thread 0") and told in done.stdout
+
+
+def test_every_cuda_source_has_a_program_for_the_sanitizers():
+    programs = {path.stem for path in (ROOT / "csrc/emulator/sanitize").glob("*.cpp")}
+    assert programs == {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}

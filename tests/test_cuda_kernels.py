@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fluxkern import ops, reference
-from fluxkern.ops import _dispatch
+from fluxkern.ops import _load
 from fluxkern.testing import assert_accurate, gradients, widened
 
 pytestmark = pytest.mark.skipif(
-    _dispatch.load_reason("cuda-emulator") is not None,
+    _load.load_reason("cuda-emulator") is not None,
     reason="no _C_cuda_emulator: make build-emulator",
 )
 DTYPES = [torch.float32, torch.bfloat16]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fluxkern import ops, reference
 from fluxkern.cases import CASES, Maker, Sizes
-from fluxkern.ops import _dispatch, attention, attention_lse, measured
+from fluxkern.ops import Backend, attention, attention_lse, measured
+from fluxkern.ops.attention import hopper
 from fluxkern.testing import assert_accurate, gradients
 
 EMULATOR, GPU = "cuda-wgmma-emulator", "cuda-wgmma"
@@ -24,7 +25,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 def device_of(backend: str) -> str:
     """Skips where the machine has none."""
-    if reason := _dispatch._reason("attention", backend, (), named=True):
+    if reason := ops.why_not("attention", backend):
         pytest.skip(f"{backend}: {reason}")
     return "cuda" if backend == GPU else "cpu"
 
@@ -75,7 +76,7 @@ SIZES = {
 
 @every_dtype
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("op", _dispatch.VARIANT_OPS)
+@pytest.mark.parametrize("op", hopper.OPS)
 @every_backend
 def test_views_of_a_projection_are_taken(backend: str, op: str, size: str, dtype: torch.dtype):
     args = CASES[op].inputs(Maker(SIZES[size], dtype, device_of(backend))).values()
@@ -196,13 +197,13 @@ def test_the_launcher_refuses_what_it_does_not_take_too():
 
 
 @pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable) -> dict[str, Path]:
     """Of the user's tables and the package's; its kernels stand for cuda's on this CPU."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.setattr(measured, "PACKAGE", tmp_path / "package")
-    for name in ("cuda", GPU):
-        backend = _dispatch.Backend(name, reference.attention)
-        monkeypatch.setitem(_dispatch._registry["attention"], name, backend)
+    not_shown = partial(hopper.not_shown_faster, "attention")
+    plant("attention", Backend("cuda", reference.attention))
+    plant("attention", Backend(GPU, reference.attention, unnamed=not_shown))
     measured.forget()
     yield {"user": measured.user_folder(), "package": measured.PACKAGE}
     measured.forget()
@@ -210,7 +211,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 
 def chosen() -> str | None:
     q = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)
-    return _dispatch.explain("attention", q, q, q)[0].chosen
+    return ops.explain("attention", q, q, q)[0].chosen
 
 
 def place(folder: Path, times: dict[str, float]) -> None:
@@ -232,7 +233,7 @@ def test_without_a_result_it_is_not_chosen(folders: dict[str, Path]):
 def test_a_users_table_does_not_choose_it(folders: dict[str, Path]):
     place(folders["user"], FASTER)
     assert chosen() == "cuda"
-    line = str(_dispatch.explain("attention", *(torch.zeros(1, 4, 2, 64).bfloat16(),) * 3)[0])
+    line = str(ops.explain("attention", *(torch.zeros(1, 4, 2, 64).bfloat16(),) * 3)[0])
     assert f"{GPU}: no result of this device in the package shows it right and faster" in line
 
 

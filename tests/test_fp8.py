@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fluxkern import ops
 from fluxkern.cases import CASES, Maker, Sizes
-from fluxkern.ops import _dispatch
 from fluxkern.testing import exact_results, readable
 
 if not torch.cuda.is_available():
@@ -28,7 +27,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def function(op: str, backend: str) -> Any:
-    reason = _dispatch._reason(op, backend, (), named=True)
+    reason = ops.why_not(op, backend)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     return partial(getattr(ops, op), backend=backend)
@@ -148,7 +147,9 @@ def test_huge_rows_keep_their_digits(backend: str, dtype: torch.dtype):
 def test_an_input_that_needs_a_gradient_is_refused(op: str):
     args = CASES[op].inputs(Maker(Sizes(), torch.float32))
     args["x"] = args["x"].requires_grad_()
-    with pytest.raises(ValueError, match=f"{op} has no gradient, got an input that needs one"):
+    with pytest.raises(
+        ValueError, match=f"{op} has no gradient: .* has requires_grad=True, expected False"
+    ):
         getattr(ops, op)(**args)
     with torch.no_grad():
         assert not any(t.requires_grad for t in getattr(ops, op)(**args))

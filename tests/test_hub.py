@@ -220,14 +220,12 @@ def test_a_layer_has_the_gradients_of_its_class_also_compiled(
 
 
 @pytest.mark.parametrize("name", ["AdaLayerNormZero", "FluxAttention", "FluxTransformerBlock"])
-def test_a_layer_runs_on_the_triton_kernels(
-    name: str, kernel: ModuleType, replace: Callable, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_layer_runs_on_the_triton_kernels(name: str, kernel: ModuleType, replace: Callable):
     module, given = made(name)
     expected = with_gradients(module, module, given)
     replace(module, name)
-    monkeypatch.setattr(kernel.ops._dispatch, "DEFAULT_BACKEND", "triton")
-    assert_same(with_gradients(module, module, given), expected)
+    with kernel.ops.use_backend("triton"):
+        assert_same(with_gradients(module, module, given), expected)
 
 
 def hooked(norm: nn.Module) -> nn.Module:

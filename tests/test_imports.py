@@ -33,6 +33,8 @@ LAYERS = {  # a layer and what it may import of fluxkern, besides itself
 }
 KERNELS = {"fluxkern.kernels", "fluxkern._C_cpu", "fluxkern._C_cuda", "triton"}
 FILES = sorted(PACKAGE.rglob("*.py"))
+PROJECT = ("fluxkern", "benchmarks", "hub", "examples")
+PRIVATE_MODULES: set[str] = set()  # of another folder that a file may name
 
 
 def name_of(file: Path) -> tuple[str, ...]:
@@ -93,20 +95,78 @@ def test_imports_point_down(file: Path):
     assert layers_imported(file) <= LAYERS[layer] | {layer}
 
 
-def test_only_dispatch_knows_kernels(file: Path):
-    if name_of(file) == ("fluxkern", "ops", "_dispatch"):
-        ours = {n for n in imported(file, lazy=False) if n.startswith("fluxkern.")}
-        assert ours == {
-            "fluxkern._ops",
-            "fluxkern.ops._digests.build_info",
-            "fluxkern.ops._probe",
-            "fluxkern.ops.measured",
-        }
-        return
-    if "kernels" in name_of(file):
+def test_only_load_knows_kernels(file: Path):
+    if "kernels" in name_of(file) or name_of(file) == ("fluxkern", "ops", "_load"):
         return
     for name in imported(file):
         assert not any(name == kernel or name.startswith(f"{kernel}.") for kernel in KERNELS)
+
+
+def modules_of_ours(tree: ast.AST) -> set[str]:
+    """Names under which a file has modules or packages of this project."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (
+            node.level or (node.module or "").split(".")[0] in PROJECT
+        ):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            ours = (alias for alias in node.names if alias.name.split(".")[0] in PROJECT)
+            found |= {alias.asname or alias.name.split(".")[0] for alias in ours}
+    return found
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names_reached(source: str) -> set[str]:
+    """Private names of another file that a file imports or reads as an attribute."""
+    tree = ast.parse(source)
+    modules, found = modules_of_ours(tree), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (
+            node.level or (node.module or "").split(".")[0] in PROJECT
+        ):
+            if node.module:  # `from . import _module` names a module
+                found |= {alias.name for alias in node.names if private(alias.name)}
+        elif isinstance(node, ast.Attribute) and private(node.attr):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in modules:
+                found.add(f"{ast.unparse(node.value)}.{node.attr}")
+    return found
+
+
+SOURCES = [
+    file
+    for folder in ("fluxkern", "benchmarks", "hub", "examples")
+    for file in sorted((PACKAGE.parent / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda f: str(f.relative_to(PACKAGE.parent)))
+def test_no_file_reaches_a_private_name_of_another(source: Path):
+    assert private_names_reached(source.read_text()) <= PRIVATE_MODULES
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ("from . import _module\n_module.run()", set()),
+        ("from ._module import run, _walk", {"_walk"}),
+        ("from . import other\nother._walk()", {"other._walk"}),
+        (
+            "from fluxkern import ops\nops._backends._registry",
+            {"ops._backends", "ops._backends._registry"},
+        ),
+        ("import fluxkern.ops\nfluxkern.ops._x", {"fluxkern.ops._x"}),
+        ("import torch\ntorch._C._x\nself._mine\n__version__", set()),
+    ],
+)
+def test_a_reach_for_a_private_name_is_seen(source: str, found: set[str]):
+    assert private_names_reached(source) == found
 
 
 def test_kernels_import_torch_triton_and_each_other_alone(file: Path):
@@ -129,7 +189,7 @@ def test_nothing_imports_diffusers_and_transformers_is_imported_late(file: Path)
 
 def test_ast_reading_sees_what_python_imports():
     """The tests above would pass on nothing: these are known."""
-    assert layers_imported(PACKAGE / "ops" / "attention.py") == {"ops", "reference"}
+    assert layers_imported(PACKAGE / "ops" / "norm_modulate.py") == {"ops", "reference"}
     assert layers_imported(PACKAGE / "model" / "transformer.py") == {"_modules", "model", "ops"}
     assert "model" in layers_imported(PACKAGE / "pipeline.py")
     text_encoder = PACKAGE / "model" / "text_encoder.py"

@@ -37,40 +37,31 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
-def true_joint_norm_modulate(x, txt_scale, txt_shift, img_scale, img_shift, txt_len):
+def vector_of(vectors, b, row, txt_len):
+    """Of a token: that of its stream."""
+    return vectors[b, int(len(vectors[b]) == 2 and row >= txt_len)]
+
+
+def true_norm_modulate(x, scale, shift, txt_len):
     out = np.empty_like(x)
     for b, row in np.ndindex(x.shape[:2]):
-        scale, shift = (txt_scale, txt_shift) if row < txt_len else (img_scale, img_shift)
         centred = x[b, row] - x[b, row].sum() / x.shape[2]
-        deviation = np.sqrt((centred**2).sum() / x.shape[2] + EPS)
-        out[b, row] = centred / deviation * (1 + scale[b, 0]) + shift[b, 0]
+        n = centred / np.sqrt((centred**2).sum() / x.shape[2] + EPS)
+        here = (b, row, txt_len)
+        out[b, row] = n * (1 + vector_of(scale, *here)) + vector_of(shift, *here)
     return out
 
 
-def true_norm_modulate(x, scale, shift):
-    return true_joint_norm_modulate(x, scale, shift, scale, shift, 0)
-
-
-def true_joint_gated_residual(x, y, txt_gate, img_gate, txt_len):
+def true_gated_residual(x, y, gate, txt_len):
     out = np.empty_like(x)
     for b, row in np.ndindex(x.shape[:2]):
-        out[b, row] = x[b, row] + (txt_gate if row < txt_len else img_gate)[b, 0] * y[b, row]
+        out[b, row] = x[b, row] + vector_of(gate, b, row, txt_len) * y[b, row]
     return out
 
 
-def true_gated_residual(x, y, gate):
-    return true_joint_gated_residual(x, y, gate, gate, 0)
-
-
-def true_fused(x, y, gate, scale, shift):
-    x_new = true_gated_residual(x, y, gate)
-    return x_new, true_norm_modulate(x_new, scale, shift)
-
-
-def true_joint_fused(x, y, txt_gate, txt_scale, txt_shift, img_gate, img_scale, img_shift, txt_len):
-    x_new = true_joint_gated_residual(x, y, txt_gate, img_gate, txt_len)
-    h = true_joint_norm_modulate(x_new, txt_scale, txt_shift, img_scale, img_shift, txt_len)
-    return x_new, h
+def true_fused(x, y, gate, scale, shift, txt_len):
+    x_new = true_gated_residual(x, y, gate, txt_len)
+    return x_new, true_norm_modulate(x_new, scale, shift, txt_len)
 
 
 def true_norm_rope(x, weights, cos, sin):
@@ -132,7 +123,8 @@ def true_linear(x, weight, bias, activation):
     return true_gelu_tanh(out) if activation else out
 
 
-def true_linear_int8(x, weight, weight_scale, bias, activation):
+def true_linear_int8(x, weight, weight_scale, bias, activation, rotation):
+    assert not rotation
     out = np.empty((*x.shape[:2], len(weight)))
     for b, token in np.ndindex(x.shape[:2]):
         row = x[b, token].astype(np.float32)  # its 8 bits are chosen in fp32
@@ -172,9 +164,6 @@ TRUTHS = {
     "gelu_tanh": true_gelu_tanh,
     "gelu_tanh_fp8": lambda x: true_rows(true_gelu_tanh(x)),
     "group_norm_silu": true_group_norm_silu,
-    "joint_gated_residual": true_joint_gated_residual,
-    "joint_gated_residual_norm_modulate": true_joint_fused,
-    "joint_norm_modulate": true_joint_norm_modulate,
     "joint_qk_norm_rope": true_joint_qk_norm_rope,
     "linear": true_linear,
     "linear_int8": true_linear_int8,
@@ -188,7 +177,7 @@ TRUTHS = {
 FUNCTIONAL = [name for name in CASES if name != "qk_norm_rope_"]
 FP8 = ("norm_modulate_fp8", "gelu_tanh_fp8")
 DIFFERENTIABLE = [name for name in FUNCTIONAL if name not in ("linear_int8", *FP8)]
-KEYWORD_ONLY = ("activation",)
+KEYWORD_ONLY = ("activation", "rotation")
 
 
 def call(name: str, args: dict[str, Any], **more: Any) -> tuple[Tensor, ...]:
@@ -238,8 +227,9 @@ def differentiable(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_public_op_has_a_case_and_a_truth():
-    others = {"BACKENDS", "Backend", "Choice", "compiled_kernels", "explain", "register"}
-    others |= {"timestep_embedding", "quantize_int8", "tile_candidates", "variants", "why_not"}
+    others = {"BACKENDS", "Backend", "Call", "Choice", "compiled_kernels", "explain", "names"}
+    others |= {"record", "register", "tile_candidates", "use_backend", "why_not"}
+    others |= {"quantize_int8", "timestep_embedding"}
     assert set(CASES) == set(TRUTHS) == set(ops.__all__) - others
 
 
@@ -347,7 +337,7 @@ def test_a_wrong_width_is_refused_by_name_with_both_shapes(name: str, argument: 
 
 @pytest.mark.parametrize("name, argument", tensor_arguments())
 def test_a_wrong_rank_is_refused_by_name_with_the_shape(name: str, argument: str):
-    bad = good(name, argument)[None, None]
+    bad = good(name, argument)[None, None, None]
     message = refusal(name, **{argument: bad})
     assert message.startswith(f"{argument} must be ")
     assert message.endswith(f"got {list(bad.shape)}")
@@ -384,9 +374,9 @@ def test_integers_are_refused(name: str, argument: str):
     [
         (name, argument)
         for name, argument in tensor_arguments() + tensor_arguments(first=True)
-        if name not in ("linear", "modulation", "group_norm_silu")  # torch takes any strides there
+        if name != "linear"  # torch takes any strides there
         and argument not in ("cos", "sin")
-        and not argument.endswith("weight")
+        and (name, argument) not in (("group_norm_silu", "x"), ("modulation", "vec"))
     ],
 )
 def test_a_last_axis_with_gaps_is_refused(name: str, argument: str):
@@ -404,12 +394,22 @@ REFUSED = [
     (
         "norm_modulate",
         {"scale": torch.zeros(3, 37)},
-        "scale must be [B, C] = [2, 37], got [3, 37]",
+        "scale must be [B, S, C] or [B, C] = [2, 1, 37], got [3, 1, 37]",
     ),
     (
         "gated_residual",
         {"gate": torch.zeros(2, 8, 37)},
-        "gate must be [B, 1, C] or [B, C] = [2, 1, 37], got [2, 8, 37]",
+        "gate must be [B, S, C] or [B, C] = [2, 1, 37], got [2, 8, 37]",
+    ),
+    (
+        "norm_modulate",
+        {"scale": torch.zeros(2, 1, 37)},
+        "shift must be [B, S, C] or [B, C] = [2, 1, 37], got [2, 2, 37]",
+    ),
+    (
+        "gated_residual",
+        {"gate": torch.zeros(2, 1, 37)},
+        "txt_len must be 0 where vectors have one stream, S = 1, got 3",
     ),
     (
         "gated_residual",
@@ -420,10 +420,11 @@ REFUSED = [
         (
             name,
             {"txt_len": txt_len},
-            f"txt_len must be between 0 and the tokens of x, 8, got {txt_len}",
+            f"txt_len must be between 0 and the tokens of {first}, 8, got {txt_len}",
         )
         for name in CASES
-        if name == "qk_norm_rope_" or name.startswith(("joint_gated", "joint_norm"))
+        if "txt_len" in (args := make(name, TINY, torch.float32))
+        for first in [next(iter(args))]
         for txt_len in (-1, 9)
     ),
     (
@@ -527,9 +528,9 @@ def test_zero_gate_returns_the_residual(name: str):
 
 
 def test_zero_text_gate_returns_only_the_text_residual():
-    args = make("joint_gated_residual", Sizes(), torch.float32)
-    args["txt_gate"] = torch.zeros_like(args["txt_gate"])
-    out = ops.joint_gated_residual(*args.values())
+    args = make("gated_residual", Sizes(), torch.float32)
+    args["gate"] = torch.stack((torch.zeros(2, 37), args["gate"][:, 1]), 1)
+    out = ops.gated_residual(*args.values())
     assert torch.equal(out[:, :3], args["x"][:, :3])
     assert not torch.isclose(out[:, 3:], args["x"][:, 3:]).all(-1).any()
 
@@ -538,19 +539,34 @@ def test_zero_text_gate_returns_only_the_text_residual():
 def test_fused_form_equals_the_composition(dtype: torch.dtype):
     args = make("gated_residual_norm_modulate", Sizes(), dtype)
     x_new, h = ops.gated_residual_norm_modulate(*args.values())
-    assert torch.equal(x_new, ops.gated_residual(args["x"], args["y"], args["gate"]))
-    expected = ops.norm_modulate(x_new, args["scale"], args["shift"])
+    assert torch.equal(x_new, ops.gated_residual(args["x"], args["y"], args["gate"], 3))
+    expected = ops.norm_modulate(x_new, args["scale"], args["shift"], 3)
     assert_accurate(h, expected.double().numpy(), LIMITS[dtype])
 
 
 @pytest.mark.parametrize(
     "name", ["norm_modulate", "gated_residual", "gated_residual_norm_modulate"]
 )
-def test_vectors_without_the_token_axis_mean_the_same(name: str):
+def test_two_streams_are_each_by_itself(name: str):
     args = make(name, Sizes(), torch.float32)
-    flat = {k: v.squeeze(1) if k in ("gate", "scale", "shift") else v for k, v in args.items()}
-    for out, expected in zip(call(name, flat), call(name, args), strict=True):
-        assert torch.equal(out, expected)
+    joint = call(name, args)
+    for stream, rows in enumerate((slice(3), slice(3, None))):
+        apart = {
+            key: value[:, rows] if key in ("x", "y") else value[:, stream]
+            for key, value in args.items()
+            if key != "txt_len"
+        }
+        for out, expected in zip(call(name, apart), joint, strict=True):
+            assert torch.equal(out, expected[:, rows])
+
+
+def test_a_vector_that_both_streams_share_is_expanded_and_its_gradient_is_the_sum():
+    x, y = (Maker(Sizes(), torch.float64).tokens() for _ in range(2))
+    gate = normal(2, 1, 37, dtype=torch.float64).requires_grad_()
+    out = ops.gated_residual(x, y, gate.expand(-1, 2, -1), 3)
+    assert torch.equal(out, ops.gated_residual(x, y, gate))
+    (found,) = torch.autograd.grad(out.sum(), gate)
+    torch.testing.assert_close(found, y.sum(1, keepdim=True))
 
 
 def test_eps_is_added_to_the_variance():
@@ -767,7 +783,7 @@ def test_linear_into_out_refuses_an_input_that_needs_a_gradient(argument: str):
     args = {name: torch.ones(s) for name, s in (("x", (2, 3, 7)), ("weight", (5, 7)), ("bias", 5))}
     out = torch.zeros(2, 3, 5)
     args[argument].requires_grad_()
-    with pytest.raises(ValueError, match="out must be None where a tensor needs a gradient"):
+    with pytest.raises(ValueError, match=f"{argument} has requires_grad=True, expected False"):
         ops.linear(**args, out=out)
     assert not out.any()
     with torch.no_grad():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxkern.ops import _dispatch, _probe
+from fluxkern.ops import _load, _probe
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = """
@@ -42,16 +42,16 @@ inline const char* cudaGetErrorName(cudaError_t error) {
 MACHINE = """
 import contextlib, os, sys, torch
 from pathlib import Path
-from fluxkern.ops import _dispatch, _probe, gated_residual
+from fluxkern.ops import _load, _probe, compiled_kernels, explain, gated_residual
 
 asked = []
 real = _probe._asked
 _probe._asked = lambda file: asked.append(file.name) or real(Path(sys.argv[1]))
-torch.ops.load_library(str(_dispatch._PACKAGE / "_C_cuda_emulator.so"))
-_dispatch._OBJECTS["cuda"] = ("_C_cuda", "fluxkern_cuda_emulator", "cpu")
-_dispatch.load_reason = lambda name: None if name == "cuda" else "left out"
-_dispatch._no_cuda = lambda: None
-_dispatch.architectures = lambda: tuple(os.environ["BUILT"].split())
+assert _load.load_reason("cuda-emulator") is None
+_load.OBJECTS["cuda"] = _load.Object("_C_cuda", "fluxkern_cuda_emulator", "cpu")
+_load.load_reason = lambda name: None if name == "cuda" else "left out"
+_load.no_cuda = lambda: None
+_load.architectures = lambda: tuple(os.environ["BUILT"].split())
 torch.cuda.device = lambda index: contextlib.nullcontext()
 torch.cuda.current_device = lambda: -1  # as of the tensors
 torch.cuda.get_device_capability = lambda index=None: tuple(map(int, sys.argv[2].split(".")))
@@ -109,12 +109,12 @@ RUN = """
 x = torch.randn(1, 4, 8)
 for _ in range(2):
     torch.testing.assert_close(gated_residual(x, x, torch.ones(1, 1, 8)), 2 * x)
-(choice,) = _dispatch.explain("gated_residual", x, x, torch.ones(1, 1, 8), None, 0)
-shown = _dispatch.compiled_kernels()["_C_cuda"]
+(choice,) = explain("gated_residual", x, x, torch.ones(1, 1, 8), 0)
+shown = compiled_kernels()["_C_cuda"]
 print(len(asked), choice.chosen, choice.reasons["cuda"], shown, sep=";")
 """
 needs_emulator = pytest.mark.skipif(
-    _dispatch.load_reason("cuda-emulator") is not None, reason="no emulator: make build-emulator"
+    _load.load_reason("cuda-emulator") is not None, reason="no emulator: make build-emulator"
 )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fluxkern import ops, reference
 from fluxkern.model.transformer import CONFIGS
-from fluxkern.ops import _attention_providers as providers
-from fluxkern.ops import _dispatch, measured
+from fluxkern.ops import Backend, _backends, measured
+from fluxkern.ops.attention import providers
 from fluxkern.testing import assert_accurate
 
 TORCHS = ("cudnn", "flash")
@@ -26,14 +26,14 @@ ATTEND = {
 
 
 @pytest.fixture(autouse=True)
-def _no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use_backend: Callable) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(measured, "PACKAGE", tmp_path / "package")
-    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", None)
+    use_backend(None)
 
 
-def of(op: str, name: str) -> _dispatch.Backend:
-    return _dispatch._registry[op][name]
+def of(op: str, name: str) -> Backend:
+    return _backends.find(op, name)
 
 
 def assert_like(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -319,13 +319,13 @@ def test_our_model_runs_on_the_fused_ops_and_the_best_attention(capability: tupl
     calls, by_op = chosen_in_a_model(capability)
     blocks = [op for op in calls if op not in ("linear_", "linear", "modulation")]
     assert blocks == [
-        "joint_norm_modulate", "qk_norm_rope_", "attention",
-        "joint_gated_residual_norm_modulate", "joint_gated_residual_norm_modulate",
+        "norm_modulate", "qk_norm_rope_", "attention",
+        "gated_residual_norm_modulate", "gated_residual_norm_modulate",
         "rope_attention", "gated_residual_norm_modulate",
     ]  # fmt: skip
     assert by_op["attention"] == by_op["rope_attention"] == {attends}
     assert by_op["linear_"] == by_op["linear"] == {"cuda"}
-    for op in ("joint_norm_modulate", "qk_norm_rope_", "joint_gated_residual_norm_modulate"):
+    for op in ("norm_modulate", "qk_norm_rope_", "gated_residual_norm_modulate"):
         assert by_op[op] == {"triton"}  # no object of the CUDA sources is loaded here
     assert "reference" not in set().union(
         *(by_op[op] for op in by_op if op != "timestep_embedding")
@@ -341,7 +341,7 @@ def gelu_calls(dtype: torch.dtype, bias: bool, batch: int = 1) -> list[str]:
         weight, b = x.new_empty(256, 64), x.new_empty(256) if bias else None
         out = x.new_empty(batch, 9, 256)[:, 2:]
         with Called() as called:
-            _dispatch._registry["linear_"]["cuda"].run(out, x, weight, b, "gelu_tanh", False)
+            of("linear_", "cuda").run(out, x, weight, b, "gelu_tanh", False)
         return called.names
 
 
@@ -349,7 +349,7 @@ def test_gelu_is_the_epilogue_of_a_half_precision_product_with_a_bias(
     monkeypatch: pytest.MonkeyPatch,
 ):
     apart = []
-    monkeypatch.setattr(_dispatch, "run_into", lambda out, op, *_: apart.append(op))
+    monkeypatch.setattr(_backends, "run_into", lambda out, op, *_: apart.append(op))
     for dtype in providers.HALF:
         assert gelu_calls(dtype, True) == ["_addmm_activation"]
         assert gelu_calls(dtype, True, batch=3) == 3 * ["_addmm_activation"]
@@ -377,7 +377,7 @@ LENGTHS = {"odd": (2, 77, 3), "one tile and a row": (1, 129, 2), "longer": (1, 1
 
 
 def here(op: str, name: str, *args: Tensor) -> None:
-    if reason := _dispatch._reason(op, name, args, named=True):
+    if reason := ops.why_not(op, name, *args):
         pytest.skip(f"{name}: {reason}")
 
 

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import torch
 from benchmarks import blocks, profile, quality, scaling, step, suite
 from benchmarks import ops as benchmarks_ops
 from benchmarks.whole import BASELINE, OURS
-from fluxkern import bench, cli, ops
+from fluxkern import bench, cli
+from fluxkern.ops import _backends
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +69,12 @@ def test_nothing_is_kept_of_the_kinds_of_a_step_that_was_not_timed(tmp_path: Pat
     assert json.loads(file.read_text())["kinds"] == []
 
 
-def test_a_wrong_step_is_refused(model: step.Model, monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_step_is_refused(model: step.Model, plant: Callable):
     """Our model's kernel of the attention is wrong, its reference is right."""
-    ops.explain()  # finds all backends
-    cpu = ops._dispatch._registry["attention"]["cpu"]
+    cpu = _backends.find("attention", "cpu")
     if isinstance(cpu, str):
         pytest.skip(cpu)
-
-    registry = ops._dispatch._registry["attention"]
-    wrong = replace(cpu, run=lambda *args: -3 * cpu.run(*args))
-    monkeypatch.setitem(registry, "cpu", wrong)
+    plant("attention", replace(cpu, run=lambda *args: -3 * cpu.run(*args)))
     found = model.measure("step", rounds=0, only=("eager", OURS))
     assert "step by fluxkern: relative L2 must be at most" in found.failed[OURS]
 
@@ -147,16 +145,13 @@ def test_time_and_memory_of_a_step_are_measured_against_its_tokens(model: step.M
 
 
 @pytest.fixture
-def wrong_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def wrong_attention(plant: Callable) -> None:
     """Our model's kernel of the attention is wrong, its reference is right."""
-    ops.explain()  # finds all backends
     for op in ("attention", "rope_attention"):
-        registry = ops._dispatch._registry[op]
-        cpu = registry["cpu"]
+        cpu = _backends.find(op, "cpu")
         if isinstance(cpu, str):
             pytest.skip(cpu)
-        wrong = replace(cpu, run=lambda *args, cpu=cpu: -3 * cpu.run(*args), write=None)
-        monkeypatch.setitem(registry, "cpu", wrong)
+        plant(op, replace(cpu, run=lambda *args, cpu=cpu: -3 * cpu.run(*args), write=None))
 
 
 @pytest.mark.parametrize("axis", ["tokens", "batch", "steps"])
@@ -170,12 +165,14 @@ def test_what_grows_is_not_timed_when_it_is_wrong(
         scaling.measure(axis, small, [2], rounds=3)
 
 
-def test_modes_are_held_to_the_reference_before_they_are_timed(monkeypatch: pytest.MonkeyPatch):
+def test_modes_are_held_to_the_reference_before_they_are_timed(
+    monkeypatch: pytest.MonkeyPatch, use_backend: Callable
+):
     monkeypatch.setattr(quality, "STEPS", 2)
     modes = {name: quality.Mode(name) for name in ("fp32", "bf16")}
     errors = quality.timed(modes, 0).verified
     assert 0 < errors["fp32"] < 1e-5 < errors["bf16"] < 3e-2
-    monkeypatch.setattr(ops._dispatch, "DEFAULT_BACKEND", "reference")
+    use_backend("reference")
     with pytest.raises(bench.WrongResult, match="ran on reference, not on cpu"):
         quality.timed(modes, 0)
 

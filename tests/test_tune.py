@@ -16,7 +16,7 @@ from fluxkern.bench.compare import Comparison, Row
 from fluxkern.cases import CASES, SHAPES, Maker
 from fluxkern.cli import main
 from fluxkern.kernels import _tiles
-from fluxkern.ops import _digests, _dispatch, measured
+from fluxkern.ops import _digests, _load, measured
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = torch.device("cpu")
@@ -51,38 +51,34 @@ def test_a_call_looks_for_no_table(monkeypatch: pytest.MonkeyPatch):
 
 def inputs(tokens: int = 8, dtype: torch.dtype = torch.float32) -> tuple:
     x, y = torch.randn(2, 1, tokens, 64, dtype=dtype)
-    return x, y, torch.randn(1, 64, dtype=dtype)
+    return x, y, torch.randn(1, 1, 64, dtype=dtype), 0
 
 
 def chosen(*args: object) -> str | None:
-    return _dispatch.explain("gated_residual", *args)[0].chosen
+    return ops.explain("gated_residual", *args)[0].chosen
 
 
 SLOW_KERNEL = {"gated_residual": {"float32": {"10": {"reference": 1.0, "cpu": 2.0}}}}
 
 
 def test_without_a_table_the_order_is_that_of_backends():
-    assert chosen(*inputs()) == next(
-        b for b in ops.BACKENDS if _dispatch._reason("gated_residual", b, inputs(), False) is None
-    )
+    reasons = ops.explain("gated_residual", *inputs())[0].reasons
+    assert chosen(*inputs()) == next(b for b in ops.BACKENDS if reasons[b] is None)
 
 
-def test_what_was_measured_fastest_runs(monkeypatch: pytest.MonkeyPatch):
+def test_what_was_measured_fastest_runs():
     place(measured.user_folder(), SLOW_KERNEL)
     assert chosen(*inputs()) == "reference"
-    ran = []
-    backend = _dispatch._registry["gated_residual"]["reference"]
-    spy = _dispatch.Backend("reference", lambda *args: ran.append(1) or backend.run(*args))
-    monkeypatch.setitem(_dispatch._registry["gated_residual"], "reference", spy)
-    ops.gated_residual(*inputs())
-    assert ran
+    with ops.record() as calls:
+        ops.gated_residual(*inputs())
+    assert [call.backend for call in calls] == ["reference"]
 
 
 def test_another_dtype_or_op_is_left_alone():
     place(measured.user_folder(), SLOW_KERNEL)
     assert chosen(*inputs(dtype=torch.bfloat16)) == chosen() != "reference"
     args = inputs()
-    assert _dispatch.explain("norm_modulate", args[0], args[2], args[2])[0].times is None
+    assert ops.explain("norm_modulate", args[0], args[2], args[2], 0, 1e-6)[0].times is None
 
 
 def test_the_nearest_size_counts():
@@ -94,7 +90,7 @@ def test_the_nearest_size_counts():
 
 def test_explain_says_what_wasmeasured():
     place(measured.user_folder(), SLOW_KERNEL)
-    line = str(_dispatch.explain("gated_residual", *inputs())[0])
+    line = str(ops.explain("gated_residual", *inputs())[0])
     assert "measured: reference 1 us, cpu 2 us" in line
 
 
@@ -124,8 +120,8 @@ def test_what_was_measured_of_another_kernel_is_ignored_and_said():
     path = place(measured.user_folder(), order, digest=changed)
     assert chosen(*inputs()) == "cpu"
     assert measured.problems() == (f"{path}: ignored, kernels have changed since: gated_residual",)
-    x, _, row = inputs()
-    assert _dispatch.explain("norm_modulate", x, row, row)[0].times == {"reference": 1, "cpu": 2}
+    x, _, row, _ = inputs()
+    assert ops.explain("norm_modulate", x, row, row, 0, 1e-6)[0].times == {"reference": 1, "cpu": 2}
     place(measured.user_folder(), order, digest={})
     assert "gated_residual, norm_modulate" in measured.problems()[0]
 
@@ -200,7 +196,7 @@ def test_backends_of_another_version_are_passed_over():
 
 
 def test_tuning_measures_and_what_it_writes_is_obeyed():
-    if _dispatch.load_reason("cpu"):
+    if _load.load_reason("cpu"):
         pytest.skip("one backend is no choice")
     lines = []
     table = tune.tune(
@@ -219,8 +215,8 @@ def test_tuning_measures_and_what_it_writes_is_obeyed():
     assert int(size) == (sizes.stream).bit_length() and set(order) == {"cpu", "reference"}
     assert list(order.values()) == sorted(order.values())
     maker = Maker(sizes, torch.float32)
-    args = (maker.tokens(), *maker.rows()[:2], 1e-6)
-    assert _dispatch.explain("norm_modulate", *args)[0].chosen == next(iter(order))
+    args = (maker.tokens(), *maker.vectors()[:2], sizes.txt_len, 1e-6)
+    assert ops.explain("norm_modulate", *args)[0].chosen == next(iter(order))
 
 
 # tiles
@@ -234,6 +230,10 @@ def tiles_of(kernel: str) -> tuple[str, ...]:
     return tuple(map(str, _tiles.candidates(kernel, 90)))
 
 
+def chosen_tile(kernel: str, q: torch.Tensor) -> str:
+    return str(_tiles.chosen(kernel, 90, q, measured.tile(kernel, q)))
+
+
 def test_a_measured_tile_is_taken_where_it_is_a_candidate():
     default, other, *_ = tiles_of("attention")
     for measured_first, taken in ((other, other), ("512x512 4w 9s", default)):
@@ -245,12 +245,10 @@ def test_a_measured_tile_is_taken_where_it_is_a_candidate():
         (measured.user_folder() / "fake-h100.json").write_text(json.dumps(table))
         with fake_gpu():
             measured.forget()
-            ops.explain()  # which tells the kernels of the tables
-            assert str(_tiles.chosen("attention", 90, q_on_a_gpu())) == taken
-            assert str(_tiles.chosen("attention_backward_keys", 90, q_on_a_gpu())) == str(
-                _tiles.candidates("attention_backward_keys", 90)[0]
-            )
-            assert _tiles.chosen("attention", 90, q_on_a_gpu().float()) == _tiles.SMALL
+            assert chosen_tile("attention", q_on_a_gpu()) == taken
+            other_kernel = "attention_backward_keys"
+            assert chosen_tile(other_kernel, q_on_a_gpu()) == tiles_of(other_kernel)[0]
+            assert chosen_tile("attention", q_on_a_gpu().float()) == str(_tiles.SMALL)
 
 
 def test_every_candidate_is_named_apart_and_none_outgrows_its_kernel():
@@ -285,7 +283,7 @@ def test_tuning_tries_every_tile_and_what_it_writes_is_taken(monkeypatch: pytest
             assert set(found) == set(tiles_of(kernel)) and list(found.values()) == sorted(
                 found.values()
             )
-            assert str(_tiles.chosen(kernel, 90, q_on_a_gpu())) == next(iter(found))
+            assert chosen_tile(kernel, q_on_a_gpu()) == next(iter(found))
     choices = [kernel for kernel in _tiles.TABLE if len(tiles_of(kernel)) > 1]
     assert list(table["tiles"]) == choices and len(lines) == 2 * len(choices) > 0
     assert not measured._tried

@@ -321,7 +321,12 @@ def gate_table(pipe: FluxPipeline, prompts: list[str], sigmas: Tensor) -> dict[s
     spaces = pipe.transformer.workspaces(*ids, times, cond.vec, strength)
     rms = torch.tensor(
         [
-            [float(m[i].square().mean().sqrt()) for m in s.modulation for i in gates_in(m)]
+            [
+                float(gate.square().mean().sqrt())
+                for vectors in s.modulation
+                for stream in range(vectors[0].shape[1])
+                for gate in (vectors[i][:, stream] for i in gates_in(vectors))
+            ]
             for s in spaces
         ]
     )
@@ -350,12 +355,10 @@ def without_branch(closed: int | None) -> Iterator[list[float]]:
     ratios: list[float] = []
     original = Stream.add
 
-    def add(stream: Stream, y: Tensor, txt_gate: Tensor, img_gate: Tensor) -> None:
+    def add(stream: Stream, y: Tensor, gate: Tensor) -> None:
         rows = slice(stream.txt_len, None)
-        ratios.append(float((img_gate * y[:, rows]).norm() / stream.x[:, rows].norm()))
-        if closed == len(ratios) - 1:
-            txt_gate, img_gate = torch.zeros_like(txt_gate), torch.zeros_like(img_gate)
-        original(stream, y, txt_gate, img_gate)
+        ratios.append(float((gate[:, -1:] * y[:, rows]).norm() / stream.x[:, rows].norm()))
+        original(stream, y, torch.zeros_like(gate) if closed == len(ratios) - 1 else gate)
 
     with patch.object(Stream, "add", add):
         yield ratios

@@ -1,11 +1,10 @@
 """Providers of one op side by side: right or refused, then how fast and how far from a copy."""
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -56,12 +55,11 @@ class WrongResult(AssertionError):
 
 
 def reasons(op: str, args: dict[str, Any]) -> dict[str, str | None]:
-    """Each backend, provider and variant: None, or why it cannot run these arguments here."""
-    positional = tuple(in_schema_order(op, args, "")[:-1])
+    """Each backend and provider: None, or why it cannot run these arguments here."""
+    positional = in_schema_order(op, args, "")[:-1]
     (choice,) = ops.explain(op, *positional)
-    names = (*CASES[op].backends, *CASES[op].providers)
-    variants = {n: ops._dispatch._reason(op, n, positional, True) for n in ops.variants(op)}
-    return {name: choice.reasons[name] for name in names} | variants
+    ours = {name: choice.reasons[name] for name in CASES[op].backends}
+    return ours | {name: ops.why_not(op, name, *positional) for name in CASES[op].providers}
 
 
 def first_line(error: Exception) -> str:
@@ -70,42 +68,16 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def watched() -> Iterator[dict[tuple[str, str], float]]:
-    """Seconds of the ops that are called inside, by name and by the backend that ran them.
+    """Seconds of the ops called inside, by name and backend, there at the end.
 
     What a kernel calls for a part of its work is its own affair.
     """
     ran: dict[tuple[str, str], float] = defaultdict(float)
-    registry, running = ops._dispatch._registry, []
-
-    def recording(called: Callable, *key: str) -> Callable:
-        def run(*args: object) -> object:
-            running.append(key)
-            start = time.perf_counter()
-            try:
-                return called(*args)
-            finally:
-                seconds = time.perf_counter() - start
-                running.pop()
-                if not running:
-                    ran[key] += seconds
-
-        return run
-
-    def recorded(name: str, backend: ops.Backend | str) -> ops.Backend | str:
-        if isinstance(backend, str):  # why there is none
-            return backend
-        ways = {way: getattr(backend, way) for way in ("run", "write")}
-        key = (name, backend.name)
-        return replace(backend, **{w: c and recording(c, *key) for w, c in ways.items()})
-
-    ops.explain()  # finds all backends
-    before = dict(registry)  # whose dicts stay as they are: somebody may hold one
-    for name, found in before.items():
-        registry[name] = {n: recorded(name, backend) for n, backend in found.items()}
-    try:
+    with ops.record() as calls:
         yield ran
-    finally:
-        registry.update(before)
+    for call in calls:
+        if not call.nested:
+            ran[call.op, call.backend] += call.seconds
 
 
 def private_op(op: str, backend: str) -> Callable | None:

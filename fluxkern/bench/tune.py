@@ -8,7 +8,7 @@ import torch
 
 from .. import ops as public
 from ..cases import CASES, SHAPES, Maker
-from ..ops import measured, variants
+from ..ops import measured
 from .compare import DTYPES, WrongResult, measure
 from .system import machine
 from .tables import write_json
@@ -33,7 +33,7 @@ def comparisons(
 
 def order(op: str, shape: str, dtype: str, direction: str, device: str, rounds: int) -> dict:
     """Backend -> median microseconds, the fastest first; each was held to fp64 before."""
-    only = ("eager", *CASES[op].backends, *CASES[op].providers, *variants(op))
+    only = ("eager", *CASES[op].backends, *CASES[op].providers)
     found = measure(op, shape, dtype, direction, device, rounds, only)
     for name, why in found.failed.items():
         raise WrongResult(f"{op}, {dtype}, {shape} by {name}: {why}")

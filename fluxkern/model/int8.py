@@ -25,6 +25,10 @@ class Int8Weight:
         scales = self.scale.split(sizes) if dim == 0 else [self.scale] * len(values)
         return [Int8Weight(*pair, self.rotation) for pair in zip(values, scales, strict=True)]
 
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """[Cout, Cin], a new tensor; columns that are turned stay so."""
+        return (self.values.to(self.scale.dtype) * self.scale[:, None]).to(dtype)
+
 
 class Int8Linear(nn.Module):
     """A linear layer whose weight has 8 bits; made for inference, without parameters.

@@ -105,11 +105,18 @@ def mlp(x: Tensor, layers: nn.Module) -> Tensor:
     return linear(linear(x, first, "gelu_tanh"), second)
 
 
-def modulation(vec: Tensor, layer: nn.Module, chunks: int) -> tuple[Tensor, ...]:
-    """`ops.modulation` of a linear layer: [..., Cin] to `chunks` vectors [..., 1, C]."""
-    if type(layer) is nn.Linear and by_op(layer, vec):
-        return ops.modulation(vec, layer.weight, layer.bias, chunks)
-    return linear(F.silu(vec), layer).unsqueeze(-2).chunk(chunks, -1)
+def modulation(vec: Tensor, layer: nn.Module) -> Tensor:
+    """`ops.modulation` of a linear layer, uncut: [..., Cin] to [..., 1, Cout].
+
+    Of an int8 layer the weight alone has 8 bits: its results scale whole rows of a block, and the
+    few rows of vec cost next to nothing.
+    """
+    weight = layer.weight if by_op(layer, vec) else None
+    if isinstance(weight, Int8Weight):
+        weight = None if weight.rotation else weight.dequantised(vec.dtype)
+    if weight is None:
+        return linear(F.silu(vec), layer).unsqueeze(-2)
+    return ops.modulation(vec, weight, layer.bias, 1)[0]
 
 
 def group_norm_silu(x: Tensor, norm: nn.Module) -> Tensor:

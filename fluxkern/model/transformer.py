@@ -174,11 +174,11 @@ class Modulation(nn.Module):
 
     def __init__(self, hidden_size: int, chunks: int):
         super().__init__()
-        self.chunks = chunks
         self.lin = nn.Linear(hidden_size, chunks * hidden_size)
 
-    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return modulation(vec, self.lin, self.chunks)
+    def forward(self, vec: Tensor) -> Tensor:
+        """[..., B, C] to the vectors in a row, [..., B, 1, chunks * C]."""
+        return modulation(vec, self.lin)
 
     def places(self) -> Places:
         return {"lin": ("modulation", self.lin)}
@@ -206,7 +206,7 @@ def _mlp(config: FluxConfig) -> nn.Sequential:
     )
 
 
-Vectors = tuple[Tensor, ...]  # of a modulation, each [B, 1, C]; or one, its vec [B, C]
+Vectors = tuple[Tensor, ...]  # of a modulation, [B, S, C], S = 2: text, image; or one, vec [B, C]
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ class Workspace:
 
     Args:
         cos, sin: fp32 [L, D/2], the rotations of the joint sequence, text first.
-        modulation: the vectors of every modulation layer, in the order of the layers; of a layer
-            that is not to be used ahead of its block, vec alone.
+        modulation: the vectors of every block and of the last layer, in their order; vec alone
+            where its layers are not to be used ahead of the block.
     """
 
     cos: Tensor
@@ -239,22 +239,26 @@ class Stream:
 
     def __init__(self, x: Tensor, txt_len: int):
         self.x, self.txt_len = x, txt_len
-        self.pending: tuple[Tensor, Tensor, Tensor] | None = None  # y and its gates
+        self.pending: tuple[Tensor, Tensor] | None = None  # y and its gate
         self.buffers: dict[str, Tensor] = {}
 
-    def add(self, y: Tensor, txt_gate: Tensor, img_gate: Tensor) -> None:
+    def add(self, y: Tensor, gate: Tensor) -> None:
         """x + gate * y, [B, L, C], from the next norm on."""
-        self.pending = y, txt_gate, img_gate
+        self.pending = y, gate
 
-    def norm(self, txt: Vectors, img: Vectors) -> Tensor:
-        """The normed stream [B, L, C], modulated by (shift, scale) of its tokens."""
-        vectors = (txt[1], txt[0], img[1], img[0])
+    def txt_len_of(self, vec: Tensor) -> int:
+        """As the ops take it beside these vectors."""
+        return self.txt_len if vec.shape[1] == 2 else 0
+
+    def norm(self, shift: Tensor, scale: Tensor) -> Tensor:
+        """The normed and modulated stream [B, L, C]."""
         if self.pending is None:
-            return ops.joint_norm_modulate(self.x, *vectors, self.txt_len)
-        y, txt_gate, img_gate = self.pending
-        self.x, h = ops.joint_gated_residual_norm_modulate(
-            self.x, y, txt_gate, *vectors[:2], img_gate, *vectors[2:], self.txt_len
-        )
+            return ops.norm_modulate(self.x, scale, shift, self.txt_len_of(scale))
+        y, gate = self.pending
+        if gate.shape[1] != scale.shape[1]:  # the first single block behind the last double one
+            scale, shift = (vec.expand_as(gate) for vec in (scale, shift))
+        txt_len = self.txt_len_of(gate)
+        self.x, h = ops.gated_residual_norm_modulate(self.x, y, gate, scale, shift, txt_len)
         self.pending = None
         return h
 
@@ -263,15 +267,16 @@ class Stream:
         x = self.x[:, self.txt_len :]
         if self.pending is None:
             return ops.norm_modulate(x, scale, shift)
-        y, _, gate = self.pending
-        y = y[:, self.txt_len :]
+        y, gate = self.pending
+        y, gate = y[:, self.txt_len :], gate[:, -1:]
         return ops.gated_residual_norm_modulate(x, y, gate, scale, shift)[1]
 
     def sum(self) -> Tensor:
         """The stream with every branch added, [B, L, C]."""
         if self.pending is None:
             return self.x
-        return ops.joint_gated_residual(self.x, *self.pending, self.txt_len)
+        y, gate = self.pending
+        return ops.gated_residual(self.x, y, gate, self.txt_len_of(gate))
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Text and image rows of a joint tensor, views."""
@@ -334,20 +339,22 @@ class DoubleStreamBlock(nn.Module):
             self.add_module(f"{stream}_attn", SelfAttention(config))
             self.add_module(f"{stream}_mlp", _mlp(config))
 
-    def forward(
-        self, stream: Stream, txt_mod: Vectors, img_mod: Vectors, cos: Tensor, sin: Tensor
-    ) -> None:
+    def vectors(self, vec: Tensor) -> Vectors:
+        """(shift, scale, gate) of the attention and of the MLP, each [..., B, 2, C]."""
+        return torch.cat((self.txt_mod(vec), self.img_mod(vec)), -2).chunk(6, -1)
+
+    def forward(self, stream: Stream, mod: Vectors, cos: Tensor, sin: Tensor) -> None:
         """Adds its two branches to the stream."""
-        txt_mod, img_mod = _vectors(self.txt_mod, txt_mod), _vectors(self.img_mod, img_mod)
+        mod = _vectors(self, mod)
         attend, mlp = (
             (self._attend_in_place, self._mlp_in_place)
             if _in_place(self, stream.x)
             else (self._attend, self._mlp)
         )
-        h = stream.norm(txt_mod[:2], img_mod[:2])
-        stream.add(attend(stream, h, cos, sin), txt_mod[2], img_mod[2])
-        h = stream.norm(txt_mod[3:5], img_mod[3:5])
-        stream.add(mlp(stream, h), txt_mod[5], img_mod[5])
+        h = stream.norm(*mod[:2])
+        stream.add(attend(stream, h, cos, sin), mod[2])
+        h = stream.norm(*mod[3:5])
+        stream.add(mlp(stream, h), mod[5])
         stream.end_of_block()
 
     def _attend(self, stream: Stream, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -410,18 +417,21 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.modulation = Modulation(hidden, 3)
 
+    def vectors(self, vec: Tensor) -> Vectors:
+        """(shift, scale, gate), each [..., B, 1, C]."""
+        return self.modulation(vec).chunk(3, -1)
+
     def forward(self, stream: Stream, mod: Vectors, cos: Tensor, sin: Tensor) -> None:
         """Adds its branch to the stream."""
-        mod = _vectors(self.modulation, mod)
-        twin = tuple(t.view_as(t) for t in mod)  # a compiled Function takes no tensor twice
-        h = stream.norm(mod[:2], twin[:2])
+        mod = _vectors(self, mod)
+        h = stream.norm(*mod[:2])
         if _in_place(self, h):
             y = self._in_parts_in_place(stream, h, cos, sin)
         elif by_op(self.linear1, h) and by_op(self.linear2, h):
             y = self._in_parts(h, cos, sin)
         else:
             y = self._whole(h, cos, sin)
-        stream.add(y, mod[2], twin[2])
+        stream.add(y, mod[2])
         stream.end_of_block()
 
     def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -454,9 +464,9 @@ class SingleStreamBlock(nn.Module):
         return {"linear1": ("linear", self.linear1), "linear2": ("linear", self.linear2)}
 
 
-def _vectors(layer: Modulation, given: Vectors) -> Vectors:
-    """What was computed ahead, or what the layer makes of vec."""
-    return layer(*given) if len(given) == 1 else given
+def _vectors(block: "DoubleStreamBlock | SingleStreamBlock | LastLayer", given: Vectors) -> Vectors:
+    """What was computed ahead, or what the block's layers make of vec."""
+    return block.vectors(*given) if len(given) == 1 else given
 
 
 class LastLayer(nn.Module):
@@ -470,11 +480,12 @@ class LastLayer(nn.Module):
             nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size)
         )
 
-    def modulation(self, vec: Tensor) -> Vectors:
+    def vectors(self, vec: Tensor) -> Vectors:
+        """(shift, scale), each [..., B, 1, C]."""
         places = tuple(self._modulation_places().values())
         if any(why_called(layer, place) for place, layer in places[:2]):
             return self.adaLN_modulation(vec).unsqueeze(-2).chunk(2, -1)
-        return modulation(vec, places[2][1], 2)
+        return modulation(vec, places[2][1]).chunk(2, -1)
 
     def _modulation_places(self) -> Places:
         layers, name = self.adaLN_modulation, "adaLN_modulation"
@@ -484,9 +495,7 @@ class LastLayer(nn.Module):
         return found | {f"{name}.0": ("silu", layers[0]), f"{name}.1": ("modulation", layers[1])}
 
     def forward(self, stream: Stream, mod: Vectors) -> Tensor:
-        if len(mod) == 1:
-            mod = self.modulation(*mod)
-        return linear(stream.norm_img(*mod), self.linear)
+        return linear(stream.norm_img(*_vectors(self, mod)), self.linear)
 
     def places(self) -> Places:
         return {"linear": ("linear", self.linear)} | self._modulation_places()
@@ -562,7 +571,7 @@ class Flux(nn.Module):
         rotation, modulation = (workspace.cos, workspace.sin), iter(workspace.modulation)
         stream = self._stream(txt, img)
         for block in self.double_blocks:
-            block(stream, next(modulation), next(modulation), *rotation)
+            block(stream, next(modulation), *rotation)
         for block in self.single_blocks:
             block(stream, next(modulation), *rotation)
         return self.final_layer(stream, next(modulation))
@@ -592,15 +601,12 @@ class Flux(nn.Module):
             torch.cat((txt_ids, img_ids)), self.config.axes_dim, self.config.theta
         )
         vec = self._embed(timesteps, y, guidance)
-        layers = [self._ahead(*pair, vec) for pair in self._modulations()]
-        steps = zip(*(zip(*(t.unbind() for t in of), strict=True) for of in layers), strict=True)
+        parts = (*self.double_blocks, *self.single_blocks, self.final_layer)
+        ahead = (
+            (vec,) if hooked(part) else part.vectors(vec) for part in parts
+        )  # hooks bring weights
+        steps = zip(*(zip(*(t.unbind() for t in of), strict=True) for of in ahead), strict=True)
         return [Workspace(cos, sin, modulation) for modulation in steps]
-
-    def _ahead(self, block: nn.Module, layer: nn.Module, vec: Tensor) -> Vectors:
-        """The vectors of all steps, or vec where a hook brings the block's weights."""
-        if hooked(block):
-            return (vec,)
-        return block.modulation(vec) if block is self.final_layer else layer(vec)
 
     @property
     def device(self) -> torch.device:

@@ -1,131 +1,171 @@
-"""Checks shared by the ops: each raises a ValueError that names the argument and both values."""
+"""Checks shared by the ops: each raises an error that names the argument and both values.
 
+They look at the arguments of a call by name; `of` names the one that another is held against.
+"""
+
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+Args = dict[str, Any]
 
 
-def shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], sizes: str) -> None:
+def tensor(a: Args, name: str) -> Tensor:
+    """A dense tensor whose memory holds its numbers; TypeError for anything else."""
+    value = a[name]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        kind = "quantized" if value.is_quantized else "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
+    if not torch.compiler.is_compiling() and is_traceable_wrapper_subclass(value):
+        raise TypeError(f"{name} must be a plain tensor, got {type(value).__name__}")
+    return value
+
+
+def shape(a: Args, name: str, expected: tuple[int | None, ...], sizes: str) -> Tensor:
     """`expected` holds a number per axis, None where any size will do; `sizes` is its name."""
-    found = tensor.shape
+    value = tensor(a, name)
+    found = value.shape
     if len(found) == len(expected):
         for f, e in zip(found, expected, strict=True):  # half the time of any() on a generator
             if e is not None and f != e:
                 break
         else:
-            return
+            return value
     wanted = ", ".join("any" if e is None else str(e) for e in expected)
     raise ValueError(f"{name} must be {sizes} = [{wanted}], got {list(found)}")
 
 
-def _alike(tensor: Tensor, other: Tensor) -> bool:
-    """Shape, dtype and device of other, last axis contiguous: nothing more to be looked at."""
-    return (
-        tensor.shape == other.shape
-        and tensor.dtype == other.dtype
-        and tensor.device == other.device
-        and tensor.stride(-1) == 1
-    )
-
-
-def like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def like(a: Args, name: str, of: str) -> None:
     """Same dtype and device."""
-    if tensor.dtype != other.dtype:
+    if a[name].dtype != a[of].dtype:
+        raise ValueError(f"{name} must have the dtype of {of}, {a[of].dtype}, got {a[name].dtype}")
+    same_device(a, name, of)
+
+
+def same_device(a: Args, name: str, of: str) -> None:
+    if a[name].device != a[of].device:
         raise ValueError(
-            f"{name} must have the dtype of {other_name}, {other.dtype}, got {tensor.dtype}"
-        )
-    if tensor.device != other.device:
-        raise ValueError(
-            f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}"
-        )
-
-
-def floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-
-
-def last_axis_contiguous(name: str, tensor: Tensor) -> None:
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} must be contiguous on its last axis, got stride {tensor.stride(-1)}"
+            f"{name} must be on the device of {of}, {a[of].device}, got {a[name].device}"
         )
 
 
-def tokens(name: str, x: Tensor) -> None:
+def floating(a: Args, name: str) -> None:
+    if not tensor(a, name).is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {a[name].dtype}")
+
+
+def fp32(a: Args, name: str) -> None:
+    dtype = a[name].dtype
+    if dtype.itemsize < 4 or not dtype.is_floating_point:
+        raise ValueError(f"{name} must be torch.float32 or torch.float64, got {dtype}")
+
+
+def last_axis_contiguous(a: Args, name: str) -> None:
+    value = a[name]
+    if value.ndim and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous on its last axis, got stride {value.stride(-1)}"
+        )
+
+
+def rows(a: Args, name: str, expected: tuple[int | None, ...], sizes: str, of: str) -> None:
+    """Of this shape, in dtype and on device of another, contiguous on the last axis."""
+    shape(a, name, expected, sizes)
+    like(a, name, of)
+    last_axis_contiguous(a, name)
+
+
+def tokens(a: Args, name: str) -> None:
     """[B, L, C], floating point."""
-    shape(name, x, (None, None, None), "[B, L, C]")
-    floating(name, x)
-    last_axis_contiguous(name, x)
+    shape(a, name, (None, None, None), "[B, L, C]")
+    floating(a, name)
+    last_axis_contiguous(a, name)
 
 
-def same_tokens(name: str, y: Tensor, other_name: str, x: Tensor) -> None:
-    """The shape, dtype and device of x."""
-    if _alike(y, x):
-        return
-    shape(name, y, tuple(x.shape), f"the shape of {other_name}")
-    like(name, y, other_name, x)
-    last_axis_contiguous(name, y)
+def same_tokens(a: Args, name: str, of: str) -> None:
+    rows(a, name, tuple(a[of].shape), f"the shape of {of}", of)
 
 
-def row(name: str, vec: Tensor, x: Tensor) -> None:
-    """A gate, scale or shift for x: [B, 1, C] or [B, C], any strides but the last."""
-    batch, _, hidden = x.shape
-    if vec.ndim == 2:
-        shape(name, vec, (batch, hidden), "[B, C]")
-    else:
-        shape(name, vec, (batch, 1, hidden), "[B, 1, C] or [B, C]")
-    like(name, vec, "x", x)
-    last_axis_contiguous(name, vec)
+def vector(vec: Tensor) -> Tensor:
+    """[B, C] or [B, S, C] -> [B, S, C]."""
+    return vec.unsqueeze(1) if isinstance(vec, Tensor) and vec.ndim == 2 else vec
 
 
-def rows(x: Tensor, **vectors: Tensor) -> None:
-    """`row` of each; one comparison where nothing is wrong."""
-    batch, _, hidden = x.shape
-    good, dtype, device = ((batch, 1, hidden), (batch, hidden)), x.dtype, x.device
-    for name, vec in vectors.items():
-        if (
-            vec.shape not in good
-            or vec.dtype != dtype
-            or vec.device != device
-            or vec.stride(-1) != 1
-        ):
-            row(name, vec, x)
+def vectors(a: Args, *names: str) -> None:
+    """Gates, scales and shifts of the tokens of x: [B, S, C], all of one S, and txt_len."""
+    batch, _, hidden = a["x"].shape
+    first = a[names[0]]
+    streams = 2 if getattr(first, "ndim", 0) == 3 and first.shape[1] == 2 else 1
+    for name in names:
+        rows(a, name, (batch, streams, hidden), "[B, S, C] or [B, C]", "x")
+    txt_len(a, "x")
+    if streams == 1 and a["txt_len"]:
+        found = a["txt_len"]
+        raise ValueError(f"txt_len must be 0 where vectors have one stream, S = 1, got {found}")
 
 
-def txt_len(value: int, tokens_: int) -> None:
-    if not 0 <= value <= tokens_:
-        raise ValueError(f"txt_len must be between 0 and the tokens of x, {tokens_}, got {value}")
+def txt_len(a: Args, of: str) -> None:
+    length, found = a[of].shape[1], a["txt_len"]
+    if not 0 <= found <= length:
+        raise ValueError(f"txt_len must be between 0 and the tokens of {of}, {length}, got {found}")
 
 
-def heads(name: str, q: Tensor) -> None:
+def heads(a: Args, name: str) -> None:
     """[B, L, H, D], floating point."""
-    shape(name, q, (None, None, None, None), "[B, L, H, D]")
-    floating(name, q)
-    last_axis_contiguous(name, q)
+    shape(a, name, (None, None, None, None), "[B, L, H, D]")
+    floating(a, name)
+    last_axis_contiguous(a, name)
 
 
-def same_heads(name: str, k: Tensor, other_name: str, q: Tensor, any_length: bool = False) -> None:
-    if not any_length and _alike(k, q):
-        return
-    batch, length, num_heads, head_dim = q.shape
+def same_heads(a: Args, of: str, *names: str, any_length: bool = False) -> None:
+    batch, length, num_heads, head_dim = a[of].shape
     expected = (batch, None if any_length else length, num_heads, head_dim)
-    shape(name, k, expected, f"[B, L, H, D] of {other_name}")
-    like(name, k, other_name, q)
-    last_axis_contiguous(name, k)
+    for name in names:
+        rows(a, name, expected, f"[B, L, H, D] of {of}", of)
 
 
-def head_weight(name: str, weight: Tensor, q: Tensor) -> None:
-    if weight.shape == q.shape[3:] and weight.dtype == q.dtype and weight.device == q.device:
+def head_weights(a: Args, of: str, *names: str) -> None:
+    for name in names:
+        rows(a, name, a[of].shape[-1:], "[D]", of)
+
+
+def rope_tables(a: Args, of: str, length: int) -> None:
+    """cos and sin: fp32 (or fp64 beside fp64 inputs) [L, D/2], any strides."""
+    head_dim = a[of].shape[-1]
+    if head_dim % 2:
+        raise ValueError(f"the head dim of {of} must be even, got {head_dim}")
+    for name in ("cos", "sin"):
+        shape(a, name, (length, head_dim // 2), "[L, D/2]")
+        fp32(a, name)
+        same_device(a, name, of)
+
+
+def written(a: Args, name: str, *others: str) -> None:
+    """A tensor that is written over: without elements that share memory, also with the others."""
+    out = a[name]
+    if torch.compiler.is_compiling() or type(out) is not Tensor:  # no memory to look at
         return
-    shape(name, weight, (q.shape[-1],), "[D]")
-    like(name, weight, "q", q)
+    if torch._debug_has_internal_overlap(out) == 1:
+        raise ValueError(f"{name} must not overlap itself, got strides {out.stride()}")
+    for other in others:
+        if a[other] is not None and _overlap(out, a[other]):
+            raise ValueError(f"{name} must not overlap {other}, got memory of both")
 
 
-def rotation(name: str, table: Tensor, length: int, q: Tensor) -> None:
-    """cos or sin: fp32 (or fp64 beside fp64 inputs) [L, D/2], any strides."""
-    if q.shape[-1] % 2:
-        raise ValueError(f"the head dim of q must be even, got {q.shape[-1]}")
-    shape(name, table, (length, q.shape[-1] // 2), "[L, D/2]")
-    if table.dtype.itemsize < 4 or not table.is_floating_point():
-        raise ValueError(f"{name} must be torch.float32 or torch.float64, got {table.dtype}")
-    if table.device != q.device:
-        raise ValueError(f"{name} must be on the device of q, {q.device}, got {table.device}")
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors surely share memory; of two with holes only where they are the same."""
+    if x.numel() == 0 or y.numel() == 0 or x.device != y.device or x.is_meta:
+        return False
+    storages = (t.untyped_storage().data_ptr() for t in (x, y))
+    if len(set(storages)) == 2:
+        return False
+    if x.data_ptr() == y.data_ptr():
+        return True
+    if not (x.is_contiguous() and y.is_contiguous()):
+        return False
+    low, high = sorted((x, y), key=Tensor.data_ptr)
+    return low.data_ptr() + low.numel() * low.element_size() > high.data_ptr()

@@ -1,42 +1,35 @@
 """The activation of FLUX's MLPs."""
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
-from . import _checks, _dispatch
+from . import _checks
+from ._op import Op, empty
 
-_forward = _dispatch.define(
-    "gelu_tanh(Tensor x, str? backend) -> Tensor",
-    reference.gelu_tanh,
-    lambda x, _: x.new_empty(x.shape),
-)
-_backward = _dispatch.define(
-    "gelu_tanh_backward(Tensor dy, Tensor x, str? backend) -> Tensor",
+
+def _check(a: _checks.Args) -> None:
+    _checks.floating(a, "x")
+    _checks.last_axis_contiguous(a, "x")
+
+
+_backward = Op(
+    "gelu_tanh_backward(Tensor dy, Tensor x) -> (Tensor dx)",
     reference.gelu_tanh_backward,
-    lambda dy, x, _: x.new_empty(x.shape),
+    lambda dy, x: empty(x),
 )
-
-
-class _GeluTanh(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, backend):
-        ctx.save_for_backward(x)
-        ctx.backend = backend
-        return _forward(x, backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (dy,) = _dispatch.rows(dy)
-        return _backward(dy, *ctx.saved_tensors, ctx.backend), None
+_op = Op(
+    "gelu_tanh(Tensor x) -> (Tensor y)",
+    reference.gelu_tanh,
+    empty,
+    _check,
+    gradient=_backward,
+)
 
 
 def gelu_tanh(x: Tensor, *, backend: str | None = None) -> Tensor:
     """GELU in its tanh form.
 
-    out = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+    y = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
 
     Args:
         x: any shape, floating point, last axis contiguous.
@@ -46,18 +39,15 @@ def gelu_tanh(x: Tensor, *, backend: str | None = None) -> Tensor:
         Shape and dtype of x.
 
     Raises:
+        TypeError: x is not a dense tensor.
         ValueError: x is not floating point or not contiguous on its last axis.
         NotImplementedError: the named backend cannot run this; gives every backend's reason.
 
-    Gradients: x.
+    Gradients: x, to any order.
     Source: Hendrycks and Gimpel, GELU.
     """
-    _checks.floating("x", x)
-    if x.ndim:
-        _checks.last_axis_contiguous("x", x)
-    if x.ndim not in (1, 2, 3):  # what a kernel takes
+    if isinstance(x, Tensor) and x.ndim not in (1, 2, 3):  # what a kernel takes
+        _check({"x": x})
         flat = x.flatten(0, -3) if x.ndim else x.reshape(1)
-        return gelu_tanh(flat, backend=backend).view(x.shape)
-    if _dispatch.needs_gradient(x):
-        return _GeluTanh.apply(x, backend)
-    return _forward(x, backend)
+        return _op(flat, backend).view(x.shape)
+    return _op(x, backend)

@@ -1,20 +1,22 @@
-"""The MLP's activation before a product in 8 bits, written in e4m3."""
+"""The MLP's activation before a GEMM in 8 bits, written in e4m3."""
 
 from torch import Tensor
 
 from .. import reference
-from . import _checks, _dispatch
-from .norm_modulate_fp8 import check_fp8, fp8_rows
+from ._op import Op
+from .norm_modulate_fp8 import check_channels, fp8_rows
 
-_forward = _dispatch.define(
-    "gelu_tanh_fp8(Tensor x, str? backend) -> (Tensor, Tensor)",
+_op = Op(
+    "gelu_tanh_fp8(Tensor x) -> (Tensor y, Tensor row_scale)",
     reference.gelu_tanh_fp8,
-    lambda x, _: fp8_rows(x),
+    fp8_rows,
+    check_channels,
+    gradient=False,
 )
 
 
 def gelu_tanh_fp8(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """`gelu_tanh`, its rows in e4m3 with one scale each: the input of a product in 8 bits.
+    """`gelu_tanh`, its rows in e4m3 with one scale each: the input of a GEMM in 8 bits.
 
     y = gelu_tanh(x)
     row_scale = max |y| / 448 of a row;  y_fp8 = round(y / row_scale);  y ~ y_fp8 * row_scale
@@ -28,6 +30,7 @@ def gelu_tanh_fp8(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Ten
         `norm_modulate_fp8`.
 
     Raises:
+        TypeError: x is not a dense tensor.
         ValueError: x is not floating point, has no channel, is not contiguous on its last axis or
             needs a gradient.
         NotImplementedError: the named backend cannot run this; gives every backend's reason.
@@ -35,10 +38,8 @@ def gelu_tanh_fp8(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Ten
     Gradients: none; `gelu_tanh` has one.
     Source: as `gelu_tanh` and `norm_modulate_fp8`.
     """
-    _checks.floating("x", x)
-    check_fp8("gelu_tanh_fp8", x)
-    _checks.last_axis_contiguous("x", x)
-    if x.ndim <= 3:
-        return _forward(x, backend)
-    y, row_scale = _forward(x.flatten(0, -3), backend)  # what a kernel takes
+    if isinstance(x, Tensor) and x.ndim <= 3:
+        return _op(x, backend)
+    check_channels({"x": x})
+    y, row_scale = _op(x.flatten(0, -3), backend)  # what a kernel takes
     return y.view(x.shape), row_scale.view(*x.shape[:-1], 1)

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
-from . import _checks, _dispatch
+from . import _checks
+from ._op import Op, empty, empty_each
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -15,39 +15,54 @@ def _is_channels_last(x: Tensor) -> bool:
 def _like_x(x: Tensor) -> Tensor:
     """Without values, channels-last where x is."""
     if not _is_channels_last(x):
-        return x.new_empty(x.shape)
+        return empty(x)
     b, c, h, w = x.shape
-    return x.new_empty((b, h, w, c)).permute(0, 3, 1, 2)
+    return empty(x, (b, h, w, c)).permute(0, 3, 1, 2)
 
 
-_forward = _dispatch.define(
-    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps,"
-    " str? backend) -> Tensor",
+def _check(a: _checks.Args) -> None:
+    x = _checks.shape(a, "x", (None, None, None, None), "[B, C, H, W]")
+    _checks.floating(a, "x")
+    if not (x.is_contiguous() or _is_channels_last(x)):
+        raise ValueError(f"x must be contiguous or channels-last, got strides {x.stride()}")
+    channels, num_groups = x.shape[1], a["num_groups"]
+    for name in ("weight", "bias"):
+        _checks.rows(a, name, (channels,), "[C]", "x")
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the channels of x, {channels}, got {num_groups}")
+
+
+_backward = Op(
+    "group_norm_silu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, int num_groups,"
+    " float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    reference.group_norm_silu_backward,
+    lambda dy, x, weight, bias, *_: (_like_x(x), *empty_each(weight, bias)),
+)
+
+
+def _gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    backend: str | None,
+) -> dict[str, Tensor]:
+    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    dy = dy.contiguous(memory_format=layout)
+    found = _backward(dy, x, weight, bias, num_groups, eps, backend)
+    return dict(zip(("x", "weight", "bias"), found, strict=True))
+
+
+_op = Op(
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps)"
+    " -> (Tensor y)",
     reference.group_norm_silu,
     lambda x, *_: _like_x(x),
+    _check,
+    gradient=_gradient,
 )
-_backward = _dispatch.define(
-    "group_norm_silu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, int num_groups,"
-    " float eps, str? backend) -> (Tensor, Tensor, Tensor)",
-    reference.group_norm_silu_backward,
-    lambda dy, x, weight, bias, *_: (_like_x(x), *_dispatch.empty_like_each(weight, bias)),
-)
-
-
-class _GroupNormSilu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, num_groups, eps, backend):
-        ctx.save_for_backward(x, weight, bias)
-        ctx.settings = num_groups, eps, backend
-        return _forward(x, weight, bias, num_groups, eps, backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        saved = ctx.saved_tensors  # once: a checkpointed block unpacks no more often
-        layout = torch.channels_last if _is_channels_last(saved[0]) else torch.contiguous_format
-        dy = dy.contiguous(memory_format=layout)
-        return *_backward(dy, *saved, *ctx.settings), None, None, None
 
 
 def group_norm_silu(
@@ -66,7 +81,7 @@ def group_norm_silu(
 
     Args:
         x: [B, C, H, W], floating point, contiguous or channels-last.
-        weight, bias: [C], dtype of x.
+        weight, bias: [C], dtype of x, contiguous.
         num_groups: divides C.
         eps: added to the variance.
         backend: one of `fluxkern.ops.BACKENDS`; None takes the first that can run.
@@ -75,23 +90,11 @@ def group_norm_silu(
         Shape and dtype of x.
 
     Raises:
+        TypeError: an argument is not a dense tensor; names it.
         ValueError: a shape, dtype, device or layout disagrees; names the argument and both values.
         NotImplementedError: the named backend cannot run this; gives every backend's reason.
 
-    Gradients: x, weight, bias.
+    Gradients: x, weight, bias, to any order.
     Source: Wu and He, GroupNorm; black-forest-labs/flux, modules/autoencoder.py, ResnetBlock.
     """
-    _checks.shape("x", x, (None, None, None, None), "[B, C, H, W]")
-    _checks.floating("x", x)
-    if not (x.is_contiguous() or _is_channels_last(x)):
-        raise ValueError(f"x must be contiguous or channels-last, got strides {x.stride()}")
-    for name, vec in (("weight", weight), ("bias", bias)):
-        _checks.shape(name, vec, (x.shape[1],), "[C]")
-        _checks.like(name, vec, "x", x)
-    if num_groups < 1 or x.shape[1] % num_groups:
-        raise ValueError(
-            f"num_groups must divide the channels of x, {x.shape[1]}, got {num_groups}"
-        )
-    if _dispatch.needs_gradient(x, weight, bias):
-        return _GroupNormSilu.apply(x, weight, bias, num_groups, eps, backend)
-    return _forward(x, weight, bias, num_groups, eps, backend)
+    return _op(x, weight, bias, num_groups, eps, backend)

@@ -5,24 +5,87 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
-from . import _checks, _dispatch, measured
+from . import _backends, _checks, _load, measured
+from ._op import Op, dense, empty
 from .gelu_tanh import gelu_tanh
 
 ACTIVATIONS = (None, "gelu_tanh")
 
-_forward = _dispatch.define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, str? activation, str? backend) -> Tensor",
+
+def check_options(activation: str | None, out: Tensor | None, bias: object, add: bool) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if add and (out is None or bias is not None or activation):
+        raise ValueError("add must come with out and without bias and activation")
+
+
+def check_out(a: _checks.Args, *others: str) -> None:
+    """[..., Cout] that is written over."""
+    expected = (*a["x"].shape[:-1], a["weight"].shape[0])
+    _checks.rows(a, "out", expected, "[..., Cout]", "x")
+    _checks.written(a, "out", "x", "weight", "bias", *others)
+
+
+def check_input(a: _checks.Args) -> None:
+    _checks.floating(a, "x")
+    if not a["x"].ndim:
+        raise ValueError("x must be [..., Cin], got []")
+
+
+def _check(a: _checks.Args) -> None:
+    check_input(a)
+    _checks.shape(a, "weight", (None, a["x"].shape[-1]), "[Cout, Cin]")
+    _checks.like(a, "weight", "x")
+    if a["bias"] is not None:
+        _checks.shape(a, "bias", a["weight"].shape[:1], "[Cout]")
+        _checks.like(a, "bias", "x")
+
+
+def _check_in_place(a: _checks.Args) -> None:
+    _check(a)
+    check_out(a)
+
+
+def _gradient(needs: set[str], dout: Tensor, x: Tensor, weight: Tensor) -> dict[str, Tensor | None]:
+    flat = dout.flatten(0, -2) if dout.ndim > 1 else dout.unsqueeze(0)  # [rows, Cout]
+    return {
+        "x": dout @ weight if "x" in needs else None,
+        "weight": flat.mT @ x.reshape(flat.shape[0], -1) if "weight" in needs else None,
+        "bias": flat.sum(0) if "bias" in needs else None,
+    }
+
+
+def _with_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str | None
+) -> Tensor | None:
+    if activation is None:
+        return None
+    return gelu_tanh(_op(x, weight, bias, None, backend), backend=backend)
+
+
+def gemm_flops(x: Tensor, weight: Tensor, *_: object) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+_op = Op(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str? activation) -> (Tensor out)",
     reference.linear,
-    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    lambda x, weight, *_: empty(x, (*x.shape[:-1], weight.shape[0])),
+    _check,
+    gradient=_gradient,
+    composed=_with_activation,
+    autocast="lower",
+    flops=gemm_flops,
 )
-_in_place = _dispatch.define(
-    "linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, str? activation, bool add,"
-    " str? backend) -> ()",
+_in_place_op = Op(
+    "linear_(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, str? activation, bool add)"
+    " -> ()",
     reference.linear_,
-    lambda *_: None,
+    check=_check_in_place,
+    autocast=None,
+    flops=lambda out, *args: gemm_flops(*args),
 )
 
 
@@ -58,7 +121,7 @@ def _matrices(out: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield from _matrices(one_out, one)
 
 
-def _products(
+def _gemms(
     out: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -76,7 +139,7 @@ def _products(
         else:
             torch.addmm(onto, flat, weight.t(), out=rows)
     if activation and not in_epilogue:
-        _dispatch.run_into(out, "gelu_tanh", out)
+        _backends.run_into(out, "gelu_tanh", out)
 
 
 def _has_gelu_epilogue(x: Tensor, bias: Tensor | None) -> bool:
@@ -95,47 +158,30 @@ def _on_cpu_(
     activation: str | None,
     add: bool,
 ) -> None:
-    if x.shape[-1] == 0 or _dispatch.load_reason("cpu") is not None or _torch_is_faster(x, weight):
-        return _products(out, x, weight, bias, activation, add)
-    x, weight = _dispatch.rows(x, weight)
+    if x.shape[-1] == 0 or _load.load_reason("cpu") is not None or _torch_is_faster(x, weight):
+        return _gemms(out, x, weight, bias, activation, add)
+    x, weight = dense(x), dense(weight)
     bias = None if bias is None else bias.contiguous()
     for rows, flat in [(out, x)] if x.ndim <= 3 else _matrices(out, x):
         torch.ops.fluxkern_cpu.linear_(rows, flat, weight, bias, activation, add)
 
 
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    out = empty(x, (*x.shape[:-1], weight.shape[0]))
     _on_cpu_(out, x, weight, bias, activation, False)
     return out
 
 
 def _on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    _products(out, x, weight, bias, activation, False)
+    out = empty(x, (*x.shape[:-1], weight.shape[0]))
+    _gemms(out, x, weight, bias, activation, False)
     return out
 
 
-_dispatch.register("linear", _dispatch.on_cpu(_on_cpu))
-_dispatch.register("linear", _dispatch.on_cuda(_on_cuda))
-_dispatch.register("linear_", _dispatch.on_cpu(_on_cpu_))
-_dispatch.register("linear_", _dispatch.on_cuda(_products))
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, backend):
-        ctx.save_for_backward(x, weight)
-        return _forward(x, weight, bias, None, backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        flat = dout.flatten(0, -2) if dout.ndim > 1 else dout.unsqueeze(0)  # [rows, Cout]
-        dx = (dout @ weight) if wants_x else None
-        dweight = flat.mT @ x.reshape(flat.shape[0], -1) if wants_weight else None
-        return dx, dweight, flat.sum(0) if wants_bias else None, None
+_backends.register("linear", _backends.on_cpu(_on_cpu))
+_backends.register("linear", _backends.on_cuda(_on_cuda))
+_backends.register("linear_", _backends.on_cpu(_on_cpu_))
+_backends.register("linear_", _backends.on_cuda(_gemms))
 
 
 def linear(
@@ -166,38 +212,17 @@ def linear(
         [..., Cout], dtype of x; `out` where that is given.
 
     Raises:
+        TypeError: an argument is not a dense tensor; names it.
         ValueError: a shape, dtype or device disagrees, the activation is unknown, `add` with what
-            it does not go with, or `out` while a tensor needs a gradient; names the argument and
-            both values.
+            it does not go with, `out` overlaps itself or an input, or a tensor needs a gradient
+            beside `out`; names the argument and both values.
         NotImplementedError: the named backend cannot run this; gives every backend's reason.
 
-    Gradients: x, weight, bias; none with `out`.
+    Gradients: x, weight, bias, to any order; none with `out`.
     Source: Hendrycks and Gimpel, GELU; black-forest-labs/flux, modules/layers.py.
     """
-    _checks.floating("x", x)
-    _checks.shape("weight", weight, (None, x.shape[-1]), "[Cout, Cin]")
-    _checks.like("weight", weight, "x", x)
-    if bias is not None:
-        _checks.shape("bias", bias, (weight.shape[0],), "[Cout]")
-        _checks.like("bias", bias, "x", x)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if out is not None:
-        _check_out(out, x, weight, bias)
-    if add and (out is None or bias is not None or activation):
-        raise ValueError("add must come with out and without bias and activation")
-    if out is not None:
-        _in_place(out, x, weight, bias, activation, add, backend)
-        return out
-    if not _dispatch.needs_gradient(x, weight, bias):
-        return _forward(x, weight, bias, activation, backend)
-    out = _Linear.apply(x, weight, bias, backend)
-    return gelu_tanh(out, backend=backend) if activation else out
-
-
-def _check_out(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _checks.shape("out", out, (*x.shape[:-1], weight.shape[0]), "[..., Cout]")
-    _checks.like("out", out, "x", x)
-    _checks.last_axis_contiguous("out", out)
-    if _dispatch.needs_gradient(out, x, weight, bias):
-        raise ValueError("out must be None where a tensor needs a gradient, got a tensor")
+    check_options(activation, out, bias, add)
+    if out is None:
+        return _op(x, weight, bias, activation, backend)
+    _in_place_op(out, x, weight, bias, activation, add, backend)
+    return out

@@ -4,23 +4,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import _checks, _dispatch
-from .linear import ACTIVATIONS
+from . import _checks
+from ._op import Op, empty
+from .linear import check_input, check_options, check_out, gemm_flops
 
 MOST_CHANNELS = 65536  # sums of more products can leave int32
-
-_forward = _dispatch.define(
-    "linear_int8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation,"
-    " int rotation, str? backend) -> Tensor",
-    reference.linear_int8,
-    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
-)
-_in_place = _dispatch.define(
-    "linear_int8_(Tensor(a!) out, Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias,"
-    " str? activation, bool add, int rotation, str? backend) -> ()",
-    reference.linear_int8_,
-    lambda *_: None,
-)
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,8 +26,9 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: `weight` is not a floating [Cout, Cin] of at least one column.
     """
-    _checks.floating("weight", weight)
-    _checks.shape("weight", weight, (None, None), "[Cout, Cin]")
+    a = {"weight": weight}
+    _checks.floating(a, "weight")
+    _checks.shape(a, "weight", (None, None), "[Cout, Cin]")
     _check_channels("weight", weight)
     weight = weight.detach().float()
     scale = torch.linalg.vector_norm(weight, float("inf"), -1) / 127
@@ -60,27 +49,50 @@ def _check_channels(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have 1 to {MOST_CHANNELS} channels, got {tensor.shape[-1]}")
 
 
-def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    _checks.floating("x", x)
-    _check_channels("x", x)
-    _checks.last_axis_contiguous("x", x)
-    _checks.shape("weight", weight, (None, x.shape[-1]), "[Cout, Cin]")
-    _checks.last_axis_contiguous("weight", weight)
-    _checks.shape("weight_scale", weight_scale, (weight.shape[0],), "[Cout]")
-    _checks.last_axis_contiguous("weight_scale", weight_scale)
+def _check(a: _checks.Args) -> None:
+    check_input(a)
+    _check_channels("x", a["x"])
+    _checks.last_axis_contiguous(a, "x")
+    weight = _checks.shape(a, "weight", (None, a["x"].shape[-1]), "[Cout, Cin]")
+    _checks.shape(a, "weight_scale", weight.shape[:1], "[Cout]")
     if weight.dtype != torch.int8:
         raise ValueError(f"weight must be torch.int8, got {weight.dtype}")
-    if weight_scale.dtype.itemsize < 4 or not weight_scale.is_floating_point():
+    _checks.fp32(a, "weight_scale")
+    for name in ("weight", "weight_scale"):
+        _checks.last_axis_contiguous(a, name)
+        _checks.same_device(a, name, "x")
+    channels, rotation = weight.shape[1], a["rotation"]
+    if rotation and (not is_rotation(rotation) or channels % rotation):
         raise ValueError(
-            f"weight_scale must be torch.float32 or torch.float64, got {weight_scale.dtype}"
+            f"rotation must be 0 or a power of 4 that divides Cin, {channels}, got {rotation!r}"
         )
-    for name, tensor in (("weight", weight), ("weight_scale", weight_scale)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
-    if bias is not None:
-        _checks.shape("bias", bias, (weight.shape[0],), "[Cout]")
-        _checks.like("bias", bias, "x", x)
-        _checks.last_axis_contiguous("bias", bias)
+    if a["bias"] is not None:
+        _checks.rows(a, "bias", weight.shape[:1], "[Cout]", "x")
+
+
+def _check_in_place(a: _checks.Args) -> None:
+    _check(a)
+    check_out(a, "weight_scale")
+
+
+_op = Op(
+    "linear_int8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation,"
+    " int rotation) -> (Tensor out)",
+    reference.linear_int8,
+    lambda x, weight, *_: empty(x, (*x.shape[:-1], weight.shape[0])),
+    _check,
+    gradient=False,
+    autocast="lower",
+    flops=gemm_flops,
+)
+_in_place_op = Op(
+    "linear_int8_(Tensor(a!) out, Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias,"
+    " str? activation, bool add, int rotation) -> ()",
+    reference.linear_int8_,
+    check=_check_in_place,
+    autocast=None,
+    flops=lambda out, *args: gemm_flops(*args),
+)
 
 
 def linear_int8(
@@ -101,7 +113,7 @@ def linear_int8(
     q = round(x / scale) + zero, clamped to -127 .. 127
     out = activation(scale * weight_scale * (q - zero) weight^T + bias), or out + the product
 
-    The product of whole numbers is exact, so it is the same on every processor. The two ends of a
+    The product of integers is exact, so it is the same on every processor. The two ends of a
     row take all of the 8 bits, also behind a GELU, which has next to nothing below zero.
 
     Args:
@@ -123,8 +135,10 @@ def linear_int8(
         with a NaN or an infinity gives NaN; one of nothing above 3e-36 counts as zeros.
 
     Raises:
+        TypeError: an argument is not a dense tensor; names it.
         ValueError: a shape, dtype, device or stride disagrees, the activation is unknown, `add`
-            with what it does not go with, or an input needs a gradient; names the argument and both
+            with what it does not go with, `out` overlaps itself or an input, or an input needs a
+            gradient; names the argument and both
             values.
         NotImplementedError: the named backend cannot run this; gives every backend's reason.
 
@@ -132,21 +146,8 @@ def linear_int8(
     Source: Dettmers et al., LLM.int8(), section 2.1: zeropoint quantisation by row and column;
     comfy-kitchen, `int8_linear`, for the rotation.
     """
-    _check(x, weight, weight_scale, bias)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if _dispatch.needs_gradient(x, weight_scale, bias, out):
-        raise ValueError("linear_int8 has no gradient, got an input that needs one")
-    if add and (out is None or bias is not None or activation):
-        raise ValueError("add must come with out and without bias and activation")
-    if rotation and (not is_rotation(rotation) or x.shape[-1] % rotation):
-        raise ValueError(
-            f"rotation must be 0 or a power of 4 that divides Cin, {x.shape[-1]}, got {rotation!r}"
-        )
+    check_options(activation, out, bias, add)
     if out is None:
-        return _forward(x, weight, weight_scale, bias, activation, rotation, backend)
-    _checks.shape("out", out, (*x.shape[:-1], weight.shape[0]), "[..., Cout]")
-    _checks.like("out", out, "x", x)
-    _checks.last_axis_contiguous("out", out)
-    _in_place(out, x, weight, weight_scale, bias, activation, add, rotation, backend)
+        return _op(x, weight, weight_scale, bias, activation, rotation, backend)
+    _in_place_op(out, x, weight, weight_scale, bias, activation, add, rotation, backend)
     return out

@@ -39,6 +39,7 @@ Digests = dict[str, dict[str, str]]  # op or kernel -> backend -> digest
 Tables = dict[str, Orders]  # "order" and "tiles"
 _tables: dict[str, dict[str, Tables]] = {"user": {}, "package": {}}  # by name of the file
 _problems: list[str] = []
+_listeners: list[Callable[[], None]] = []
 _tried: dict[str, str] = {}  # kernel -> the tile that it has now: it is being measured
 
 
@@ -148,6 +149,13 @@ def forget() -> None:
     for name, folder in (("user", user_folder), ("package", lambda: PACKAGE)):
         _tables[name].clear()
         _read_folder(_tables[name], folder)
+    for listener in _listeners:
+        listener()
+
+
+def when_changed(listener: Callable[[], None]) -> None:
+    """`listener` is called when files were read anew."""
+    _listeners.append(listener)
 
 
 @cache

@@ -1,33 +1,43 @@
 """The vectors of adaLN: shift, scale and gate from the timestep, guidance and pooled text."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
-from . import _checks, _dispatch
+from . import _checks
+from ._op import Op, empty
 
-_forward = _dispatch.define(
-    "modulation(Tensor vec, Tensor weight, Tensor? bias, str? backend) -> Tensor",
+
+def _check(a: _checks.Args) -> None:
+    _checks.floating(a, "vec")
+    vec = a["vec"]
+    if vec.ndim not in (2, 3):
+        raise ValueError(f"vec must be [B, Cin] or [S, B, Cin], got {list(vec.shape)}")
+    _checks.rows(a, "weight", (None, vec.shape[-1]), "[chunks * C, Cin]", "vec")
+    if a["bias"] is not None:
+        _checks.rows(a, "bias", a["weight"].shape[:1], "[chunks * C]", "vec")
+
+
+def _gradient(needs: set[str], dout: Tensor, vec: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    rows, x = dout.flatten(0, -2), vec.flatten(0, -2)  # [S B, chunks C], [S B, Cin]
+    s = x.sigmoid()
+    dvec = ((rows @ weight) * s * (1 + x * (1 - s))).view_as(vec)
+    return {
+        "vec": dvec,
+        "weight": rows.mT @ F.silu(x) if "weight" in needs else None,
+        "bias": rows.sum(0) if "bias" in needs else None,
+    }
+
+
+_op = Op(
+    "modulation(Tensor vec, Tensor weight, Tensor? bias) -> (Tensor out)",
     reference.modulation,
-    lambda vec, weight, *_: vec.new_empty((*vec.shape[:-1], 1, weight.shape[0])),
+    lambda vec, weight, _: empty(vec, (*vec.shape[:-1], 1, weight.shape[0])),
+    _check,
+    gradient=_gradient,
+    autocast="lower",
+    flops=lambda vec, weight, _: 2 * vec.numel() * weight.shape[0],
 )
-
-
-class _Modulation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vec, weight, bias, backend):
-        ctx.save_for_backward(vec, weight)
-        return _forward(vec, weight, bias, backend)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        vec, weight = ctx.saved_tensors
-        rows, x = dout.flatten(0, -2), vec.flatten(0, -2)  # [S B, chunks C], [S B, Cin]
-        dvec = torch.ops.aten.silu_backward(rows @ weight, x).view_as(vec)
-        return dvec, rows.mT @ F.silu(x), rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 def modulation(
@@ -39,8 +49,8 @@ def modulation(
 
     Args:
         vec: [B, Cin], or [S, B, Cin] for the S steps of a whole schedule; floating point.
-        weight: [chunks * C, Cin], dtype of vec.
-        bias: [chunks * C], dtype of vec, or None.
+        weight: [chunks * C, Cin], dtype of vec, last axis contiguous.
+        bias: [chunks * C], dtype of vec, contiguous, or None.
         chunks: number of vectors: 6 in a double block, 3 in a single one, 2 in the last layer.
         backend: one of `fluxkern.ops.BACKENDS`; None takes the first that can run.
 
@@ -48,25 +58,13 @@ def modulation(
         `chunks` views [B, 1, C] or [S, B, 1, C] of one tensor, row stride chunks * C.
 
     Raises:
+        TypeError: an argument is not a dense tensor; names it.
         ValueError: a shape, dtype or device disagrees; names the argument and both values.
         NotImplementedError: the named backend cannot run this; gives every backend's reason.
 
-    Gradients: vec, weight, bias.
+    Gradients: vec, weight, bias, to any order.
     Source: Peebles and Xie, DiT; black-forest-labs/flux, modules/layers.py, Modulation.
     """
-    _checks.floating("vec", vec)
-    if vec.ndim not in (2, 3):
-        raise ValueError(f"vec must be [B, Cin] or [S, B, Cin], got {list(vec.shape)}")
-    _checks.shape("weight", weight, (None, vec.shape[-1]), "[chunks * C, Cin]")
-    _checks.like("weight", weight, "vec", vec)
-    _checks.last_axis_contiguous("weight", weight)
-    if chunks < 1 or weight.shape[0] % chunks:
+    if isinstance(weight, Tensor) and weight.ndim == 2 and (chunks < 1 or weight.shape[0] % chunks):
         raise ValueError(f"chunks must divide the rows of weight, {weight.shape[0]}, got {chunks}")
-    if bias is not None:
-        _checks.shape("bias", bias, (weight.shape[0],), "[chunks * C]")
-        _checks.like("bias", bias, "vec", vec)
-    if _dispatch.needs_gradient(vec, weight, bias):
-        out = _Modulation.apply(vec, weight, bias, backend)
-    else:
-        out = _forward(vec, weight, bias, backend)
-    return out.chunk(chunks, -1)
+    return _op(vec, weight, bias, backend).chunk(chunks, -1)

@@ -1,38 +1,53 @@
-"""adaLN's entry to a product in 8 bits: LayerNorm, scale and shift, written in e4m3."""
+"""adaLN's entry to a GEMM in 8 bits: LayerNorm, scale and shift, written in e4m3."""
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from . import _checks, _dispatch
+from . import _checks
+from ._op import Op, empty
 
 
 def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Without values: e4m3 of the shape of x, and fp32 [..., 1]."""
-    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=reference.FP8), scale
+    return empty(x, dtype=reference.FP8), empty(x, (*x.shape[:-1], 1), torch.float32)
 
 
-def check_fp8(op: str, x: Tensor, *vectors: Tensor) -> None:
-    """What every op that writes rows in e4m3 asks of its inputs."""
+def check_channels(a: _checks.Args) -> None:
+    """What every op that writes rows in e4m3 asks of its input."""
+    _checks.floating(a, "x")
+    x = a["x"]
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a channel at least, got shape {list(x.shape)}")
-    if _dispatch.needs_gradient(x, *vectors):
-        raise ValueError(f"{op} has no gradient, got an input that needs one")
+    _checks.last_axis_contiguous(a, "x")
 
 
-_forward = _dispatch.define(
-    "norm_modulate_fp8(Tensor x, Tensor scale, Tensor shift, float eps, str? backend)"
-    " -> (Tensor, Tensor)",
+def _check(a: _checks.Args) -> None:
+    _checks.tokens(a, "x")
+    check_channels(a)
+    _checks.vectors(a, "scale", "shift")
+
+
+_op = Op(
+    "norm_modulate_fp8(Tensor x, Tensor scale, Tensor shift, SymInt txt_len, float eps)"
+    " -> (Tensor h, Tensor row_scale)",
     reference.norm_modulate_fp8,
     lambda x, *_: fp8_rows(x),
+    _check,
+    gradient=False,
 )
 
 
 def norm_modulate_fp8(
-    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, backend: str | None = None
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    txt_len: int = 0,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`norm_modulate`, its rows in e4m3 with one scale each: the input of a product in 8 bits.
+    """`norm_modulate`, its rows in e4m3 with one scale each: the input of a GEMM in 8 bits.
 
     h = layer_norm(x, eps) * (1 + scale) + shift
     row_scale = max |h| / 448 of a row;  h_fp8 = round(h / row_scale);  h ~ h_fp8 * row_scale
@@ -43,8 +58,9 @@ def norm_modulate_fp8(
 
     Args:
         x: [B, L, C], floating point, C at least 1, last axis contiguous.
-        scale: [B, 1, C] or [B, C], dtype of x; may be a chunk view of the modulation.
-        shift: like scale.
+        scale, shift: [B, S, C] or [B, C], dtype of x, last axis contiguous; S as in
+            `norm_modulate`.
+        txt_len: text tokens, 0 to L; 0 where S = 1.
         eps: added to the variance.
         backend: one of `fluxkern.ops.BACKENDS`; None takes the first that can run.
 
@@ -54,14 +70,10 @@ def norm_modulate_fp8(
         NaN or an infinity gives NaN when it is multiplied.
 
     Raises:
-        ValueError: a shape, dtype, device or stride disagrees, or an input needs a gradient; names
-            the argument and both values.
-        NotImplementedError: the named backend cannot run this; gives every backend's reason.
+        TypeError, NotImplementedError: as `norm_modulate`.
+        ValueError: as `norm_modulate`, or an input needs a gradient.
 
     Gradients: none; `norm_modulate` has one.
     Source: Micikevicius et al., FP8 Formats for Deep Learning; `torch._scaled_mm`, rowwise scales.
     """
-    _checks.tokens("x", x)
-    _checks.rows(x, scale=scale, shift=shift)
-    check_fp8("norm_modulate_fp8", x, scale, shift)
-    return _forward(x, scale, shift, eps, backend)
+    return _op(x, _checks.vector(scale), _checks.vector(shift), txt_len, eps, backend)

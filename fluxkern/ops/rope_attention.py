@@ -1,35 +1,45 @@
 """Norm, rotate, attend: the whole of a block between the QKV and the output projection."""
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from .. import reference
-from . import _attention_providers as providers
-from . import _checks, _dispatch
-from .attention import attention
+from . import _backends, _checks
+from ._op import Op, empty
+from .attention import attention, attention_flops, hopper, providers
 from .qk_norm_rope import qk_norm_rope
 
-_forward = _dispatch.define(
+
+def _check(a: _checks.Args) -> None:
+    _checks.heads(a, "q")
+    _checks.same_heads(a, "q", "k", "v")
+    _checks.head_weights(a, "q", "q_weight", "k_weight")
+    _checks.rope_tables(a, "q", a["q"].shape[1])
+
+
+def _composed(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    *weights_and_tables, eps, backend = rest
+    ours = providers.ours(backend)
+    q, k = qk_norm_rope(q, k, *weights_and_tables, eps=eps, backend=ours)
+    return attention(q, k, v, backend=backend)
+
+
+_op = Op(
     "rope_attention(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos,"
-    " Tensor sin, float eps, str? backend) -> Tensor",
+    " Tensor sin, float eps) -> (Tensor out)",
     reference.rope_attention,
-    lambda q, *_: q.new_empty(q.shape),
+    lambda q, *_: empty(q),
+    _check,
+    composed=_composed,
+    autocast="lower",
+    flops=attention_flops,
 )
 
 
-def _by_provider(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-) -> Tensor:
-    q, k = _dispatch.run("qk_norm_rope", None, q, k, q_weight, k_weight, cos, sin, eps)
+def _by_provider(name: str, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | float) -> Tensor:
+    q, k = _backends.run("qk_norm_rope", None, q, k, *rest)
     return providers.attention(name, q, k, v)
 
 
@@ -38,9 +48,10 @@ def _refused(name: str, *args: object) -> str | None:
 
 
 for _name in providers.NAMES:
-    _backend = _dispatch.Backend(_name, partial(_by_provider, _name), partial(_refused, _name))
-    _dispatch.register("rope_attention", _backend)
-_dispatch.set_order("rope_attention", lambda *args: providers.order(*args[:1]))
+    _backend = _backends.Backend(_name, partial(_by_provider, _name), partial(_refused, _name))
+    _backends.register("rope_attention", _backend)
+_backends.set_order("rope_attention", lambda *args: providers.order(*args[:1]))
+hopper.register()
 
 
 def rope_attention(
@@ -61,7 +72,7 @@ def rope_attention(
 
     Args:
         q, k, v: [B, L, H, D], floating point, D even, last axis contiguous; any views.
-        q_weight, k_weight: [D], dtype of q.
+        q_weight, k_weight: [D], dtype of q, contiguous.
         cos, sin: [L, D/2], fp32, any strides.
         eps: added to the mean square.
         backend: as in `attention`; by one of its providers q and k are normed and rotated in a
@@ -71,21 +82,11 @@ def rope_attention(
         [B, L, H, D], dtype of q.
 
     Raises:
+        TypeError: an argument is not a dense tensor; names it.
         ValueError: a shape, dtype, device or stride disagrees; names the argument and both values.
         NotImplementedError: the named backend cannot run this; gives every backend's reason.
 
-    Gradients: q, k, v and both weights.
+    Gradients: q, k, v and both weights, to any order.
     Source: black-forest-labs/flux, modules/layers.py, SingleStreamBlock.forward.
     """
-    _checks.heads("q", q)
-    _checks.same_heads("k", k, "q", q)
-    _checks.same_heads("v", v, "q", q)
-    _checks.head_weight("q_weight", q_weight, q)
-    _checks.head_weight("k_weight", k_weight, q)
-    _checks.rotation("cos", cos, q.shape[1], q)
-    _checks.rotation("sin", sin, q.shape[1], q)
-    if _dispatch.needs_gradient(q, k, v, q_weight, k_weight):
-        ours = _dispatch.ours(backend)
-        q, k = qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=eps, backend=ours)
-        return attention(q, k, v, backend=backend)
-    return _forward(q, k, v, q_weight, k_weight, cos, sin, eps, backend)
+    return _op(q, k, v, q_weight, k_weight, cos, sin, eps, backend)

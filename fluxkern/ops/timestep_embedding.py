@@ -22,13 +22,14 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
         [B, dim], dtype of t.
 
     Raises:
+        TypeError: t is not a dense tensor.
         ValueError: t is not one-dimensional floating point, or dim is not even and positive.
 
     Gradients: none are needed; t is no parameter.
     Source: Vaswani et al.; black-forest-labs/flux, modules/layers.py, timestep_embedding.
     """
-    _checks.shape("t", t, (None,), "[B]")
-    _checks.floating("t", t)
+    _checks.shape({"t": t}, "t", (None,), "[B]")
+    _checks.floating({"t": t}, "t")
     if dim < 2 or dim % 2:
         raise ValueError(f"dim must be even and positive, got {dim}")
     return reference.timestep_embedding(t, dim)

@@ -11,15 +11,15 @@ import torch
 
 import fluxkern
 from fluxkern import ops
-from fluxkern.ops import BACKENDS, Backend, _dispatch, explain, register
+from fluxkern.ops import BACKENDS, Backend, _backends, explain, register
 
 OP = "private_op_of_this_test"
 
 
 @pytest.fixture(autouse=True)
-def _private_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_dispatch._registry, OP, {})
-    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", None)
+def _private_op(monkeypatch: pytest.MonkeyPatch, use_backend: Callable) -> None:
+    monkeypatch.setitem(_backends._registry, OP, {})
+    use_backend(None)
 
 
 def backend(name: str, reason: str | None = None) -> Backend:
@@ -34,38 +34,27 @@ def test_order_is_cuda_triton_cpu_reference_whatever_the_order_of_registration()
     assert BACKENDS == ("cuda", "triton", "cpu", "reference")
     for i in range(len(BACKENDS) - 1, -1, -1):
         register(OP, backend(BACKENDS[i]))
-        assert _dispatch.run(OP, None, 1, "two") == (BACKENDS[i], (1, "two"))
+        assert _backends.run(OP, None, 1, "two") == (BACKENDS[i], (1, "two"))
 
 
 def test_first_backend_without_a_reason_runs():
     register(OP, backend("reference"))
     register(OP, backend("cuda", "no GPU"))
     register(OP, Backend("cpu", lambda x: "cpu", odd_refused))
-    assert _dispatch.run(OP, None, 2) == "cpu"
-    assert _dispatch.run(OP, None, 3) == ("reference", (3,))
+    assert _backends.run(OP, None, 2) == "cpu"
+    assert _backends.run(OP, None, 3) == ("reference", (3,))
 
 
 def test_a_named_backend_runs_even_when_another_comes_first():
     register(OP, backend("cpu"))
     register(OP, backend("reference"))
-    assert _dispatch.run(OP, "reference")[0] == "reference"
-
-
-def test_the_variable_names_a_backend_of_the_ops_that_have_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "triton")
-    register(OP, backend("cpu"))
-    register(OP, backend("reference"))
-    assert _dispatch.run(OP, None)[0] == "cpu" == explain(OP)[0].chosen
-    register(OP, backend("triton", "no such GPU"))
-    with pytest.raises(NotImplementedError, match="cannot run on triton .*triton: no such GPU"):
-        _dispatch.run(OP, None)
-    assert explain(OP)[0].chosen is None
+    assert _backends.run(OP, "reference")[0] == "reference"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter takes CPU tensors")
-def test_a_model_of_triton_has_linears_of_another(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "triton")
-    if reason := _dispatch.why_not("gelu_tanh", "triton"):
+def test_a_model_of_triton_has_linears_of_another(use_backend: Callable):
+    use_backend("triton")
+    if reason := ops.why_not("gelu_tanh", "triton"):
         pytest.skip(reason)
     x, weight = torch.randn(1, 2, 8), torch.randn(8, 8)
     assert explain("gelu_tanh", x)[0].chosen == "triton"
@@ -76,7 +65,7 @@ def test_a_named_backend_that_cannot_run_gives_every_reason_and_nothing_runs():
     register(OP, Backend("cpu", pytest.fail, odd_refused))
     register(OP, Backend("reference", pytest.fail))
     with pytest.raises(NotImplementedError) as error:
-        _dispatch.run(OP, "cpu", 3)
+        _backends.run(OP, "cpu", 3)
     assert str(error.value) == (
         f"{OP} cannot run on cpu (cuda: no cuda kernel in this version; triton: no triton kernel "
         "in this version; cpu: odd numbers are not taken; reference: can run)"
@@ -86,28 +75,78 @@ def test_a_named_backend_that_cannot_run_gives_every_reason_and_nothing_runs():
 def test_no_backend_at_all_gives_every_reason():
     register(OP, backend("reference", "too large"))
     with pytest.raises(NotImplementedError, match=f"{OP} cannot run on any backend .*too large"):
-        _dispatch.run(OP, None)
+        _backends.run(OP, None)
 
 
-def test_the_default_backend_is_used_unless_a_call_names_another(monkeypatch: pytest.MonkeyPatch):
+def test_use_backend_holds_inside_it_unless_a_call_names_another():
     register(OP, backend("cpu"))
     register(OP, backend("reference"))
-    monkeypatch.setattr(_dispatch, "DEFAULT_BACKEND", "reference")
-    assert _dispatch.run(OP, None)[0] == "reference"
-    assert _dispatch.run(OP, "cpu")[0] == "cpu"
-    assert explain(OP)[0].chosen == "reference"
+    with ops.use_backend("reference"):
+        assert _backends.run(OP, None)[0] == "reference"
+        assert _backends.run(OP, "cpu")[0] == "cpu"
+        assert explain(OP)[0].chosen == "reference"
+        with ops.use_backend(None):
+            assert _backends.run(OP, None)[0] == "cpu"
+    assert _backends.run(OP, None)[0] == "cpu"
 
 
-@pytest.mark.parametrize(
-    "call",
-    [lambda name: _dispatch.run(OP, name), lambda name: register(OP, backend(name))],
-    ids=["run", "register"],
-)
-def test_an_unknown_backend_is_refused_with_the_known_ones(call: Callable[[str], object]):
+def test_use_backend_means_that_backend_where_the_op_has_it():
+    register(OP, backend("cpu", "too small"))
+    register(OP, backend("reference"))
+    with ops.use_backend("triton"):  # which has no kernel of it
+        assert _backends.run(OP, None)[0] == "reference"
+    with ops.use_backend("cpu"), pytest.raises(NotImplementedError, match="cpu: too small"):
+        _backends.run(OP, None)
+
+
+def test_use_backend_is_seen_by_calls_that_were_made_before():
+    x = torch.ones(1, 2, 8)
+    for name in (None, "reference", None):
+        with ops.use_backend(name), ops.record() as calls:
+            ops.gelu_tanh(x)
+        assert [call.backend == "reference" for call in calls] == [
+            explain("gelu_tanh", x)[0].chosen == "reference" or name == "reference"
+        ]
+
+
+def test_use_backend_refuses_an_unknown_name():
+    with pytest.raises(ValueError, match="name must be one of cuda, .*reference, got 'rocm'"):
+        with ops.use_backend("rocm"):
+            pass
+
+
+def test_record_has_what_ran_with_its_arguments_and_not_what_ran_after():
+    register(OP, backend("cpu"))
+    with ops.record() as calls:
+        _backends.run(OP, None, 1)
+        with ops.record() as inner:
+            _backends.run(OP, "cpu", 2)
+    _backends.run(OP, None, 3)
+    found = [(call.op, call.named, call.backend, call.args, call.nested) for call in calls]
+    assert found == [(OP, None, "cpu", (1,), False), (OP, "cpu", "cpu", (2,), False)]
+    assert inner == calls[1:] and all(call.seconds >= 0 for call in calls)
+
+
+def test_record_tells_what_a_kernel_calls_for_a_part_of_its_work():
+    register(OP, Backend("cpu", lambda x: ops.gelu_tanh(x)))
+    with ops.record() as calls:
+        _backends.run(OP, None, torch.ones(3))
+    assert [(call.op, call.nested) for call in calls] == [("gelu_tanh", True), (OP, False)]
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones():
     with pytest.raises(ValueError) as error:
-        call("rocm")
+        _backends.run(OP, "rocm")
     expected = "backend must be one of cuda, triton, cpu, reference, got 'rocm'"
     assert str(error.value) == expected
+
+
+def test_a_backend_of_another_name_runs_when_it_is_named():
+    register(OP, backend("rocm"))
+    register(OP, backend("reference"))
+    assert _backends.run(OP, None)[0] == "reference"
+    assert _backends.run(OP, "rocm")[0] == "rocm"
+    assert explain(OP)[0].reasons["rocm"] is None
 
 
 def test_registering_again_replaces():
@@ -170,23 +209,22 @@ def test_explain_has_a_row_for_every_op_that_takes_a_backend():
         assert row.op == OP or row.reasons["reference"] is None
 
 
-def test_what_explain_chooses_is_what_runs(monkeypatch: pytest.MonkeyPatch):
+def test_what_explain_chooses_is_what_runs(plant: Callable):
     x = torch.randn(3)
+    ops.gelu_tanh(x)  # what was chosen before is chosen anew
     (choice,) = explain("gelu_tanh", x)
-    monkeypatch.setitem(
-        _dispatch._registry["gelu_tanh"], choice.chosen, Backend(choice.chosen, lambda x: x + 7)
-    )
+    plant("gelu_tanh", Backend(choice.chosen, lambda x: x + 7))
     assert torch.equal(ops.gelu_tanh(x), x + 7)
 
 
 SCRIPT = """
 import torch, fluxkern
-from fluxkern.ops import _dispatch
+from fluxkern.ops import _backends
 fluxkern.ops.register("private", fluxkern.ops.Backend("reference", lambda: "ran"))
 broken = fluxkern.ops.Backend("triton", None, lambda *args: "no such GPU")
 fluxkern.ops.register("private", broken)
 print(fluxkern.explain("private")[0].chosen)
-print(_dispatch.run("private", None))
+print(_backends.run("private", None))
 """
 
 
@@ -199,9 +237,9 @@ def run_with_variable(value: str) -> subprocess.CompletedProcess:
 
 def test_an_empty_variable_means_any_backend(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FLUXKERN_BACKEND", "")
-    assert _dispatch._default_backend() is None
+    assert _backends._of_environment() is None
     monkeypatch.delenv("FLUXKERN_BACKEND")
-    assert _dispatch._default_backend() is None
+    assert _backends._of_environment() is None
 
 
 def test_the_variable_names_the_backend():
@@ -209,7 +247,7 @@ def test_the_variable_names_the_backend():
     assert (done.returncode, done.stdout.split()) == (0, ["reference", "ran"])
 
 
-def test_the_variable_is_as_strict_as_an_argument():
+def test_the_variable_is_as_strict_as_an_argument_where_the_op_has_the_backend():
     done = run_with_variable("triton")
     assert done.returncode == 1
     assert done.stdout.split() == ["None"]

@@ -8,7 +8,7 @@ is. SDPA takes fp32 and wide heads, by a kernel of torch's choice, and gives no 
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
 
@@ -16,12 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from .. import _backends, _load
+from .._backends import Backend
+from .._op import empty_each
 
-NAMES = _dispatch.PROVIDERS
+NAMES = ("cudnn", "flash3", "flash", "sdpa")
 HALF = (torch.bfloat16, torch.float16)
 FLASH3_MODULES = ("flash_attn_interface", "flash_attn_3.flash_attn_interface")
 aten = torch.ops.aten
+
+
+def ours(backend: str | None) -> str | None:
+    """The backend for the ops beside attention, where attention's was named."""
+    if backend in NAMES:
+        return None
+    return {"cuda-wgmma": "cuda", "cuda-wgmma-emulator": "cuda-emulator"}.get(backend, backend)
 
 
 # what they cannot take
@@ -111,7 +120,7 @@ MACHINE = {
 
 def unsupported(name: str, *tensors: Tensor) -> str | None:
     """Why a provider does not take q, k, v and, for its backward, dout and out."""
-    if reason := _dispatch._no_cuda():
+    if reason := _load.no_cuda():
         return reason
     device = tensors[0].device if tensors else None
     if device is not None and device.type != "cuda":
@@ -207,7 +216,7 @@ def _flash_backward(
 def _flash_3_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> Gradients:
-    gradients = _dispatch.empty_like_each(q, k, v)
+    gradients = empty_each(q, k, v)
     dq, dk, dv = gradients
     named = _flash_3_backward_options(dq, dk, dv, q.shape[-1] ** -0.5)
     _flash3()._flash_attn_backward(dout, q, k, v, out, lse, **named)
@@ -280,14 +289,33 @@ def order(q: Tensor | None = None) -> tuple[str, ...]:
     """
     cuda = torch.cuda.is_available() if q is None else q.is_cuda
     if not cuda:
-        return (*_dispatch.BACKENDS, *NAMES)
+        return (*_backends.BACKENDS, *NAMES)
     major, minor = capability(None if q is None else q.device)
     wgmma = (major, minor) == (9, 0) or major == 10
     providers = ("flash3", "cudnn", "flash") if wgmma else ("flash", "cudnn", "flash3")
     providers += ("sdpa",) * (q is not None and plain_of_ours(q))
     ours = ("triton", "cuda") if major >= 9 and (q is None or q.dtype in HALF) else ()
-    return (*providers, *ours, *(name for name in _dispatch.BACKENDS if name not in ours))
+    return (*providers, *ours, *(name for name in _backends.BACKENDS if name not in ours))
 
 
 def backward_order(*args: Tensor | None) -> tuple[str, ...]:
     return order(*args[2:3])
+
+
+def _unordered(*_: object) -> str:
+    return "its sums have no fixed order"
+
+
+def register() -> None:
+    """The providers of attention, its lse and its backward, and their order."""
+    for name in NAMES:
+        for op, refused in ((attention, unsupported), (attention_lse, lse_unsupported)):
+            backend = Backend(name, partial(op, name), partial(refused, name))
+            _backends.register(op.__name__, backend)
+        refused = partial(backward_unsupported, name)
+        more = {"unnamed": _unordered} if name in UNORDERED else {}
+        backend = Backend(name, partial(backward, name), refused, **more)
+        _backends.register("attention_backward", backend)
+    _backends.set_order("attention", lambda *args: order(*args[:1]))
+    _backends.set_order("attention_lse", lambda *args: order(*args[:1]))
+    _backends.set_order("attention_backward", backward_order)
