@@ -325,8 +325,10 @@ def _aside(folder: Path) -> Iterator[Path]:
         _sweep(folder)
         aside = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=folder))
         held = _lock(aside, wait=False)
+    files = aside / "files"  # whose lock is free: a writer may make folders in it in this way
     try:
-        yield aside
+        files.mkdir()
+        yield files
     finally:
         shutil.rmtree(aside)
         if held is not None:
@@ -338,7 +340,9 @@ def _sweep(folder: Path) -> None:
         held = _lock(aside, wait=False) if aside.lstat().st_uid == _caller() else None
         if held is None:  # a live process has it
             continue
-        for old in (aside / "old").glob("*"):  # it was killed before the new one had its name
+        for old in (aside / "files" / "old").glob(
+            "*"
+        ):  # it was killed before the new one had its name
             if not os.path.lexists(folder / old.name):
                 os.replace(old, folder / old.name)
         shutil.rmtree(aside, ignore_errors=True)

@@ -138,6 +138,14 @@ def test_a_mount_point_is_refused_in_one_line():
         replace(Path("/dev"), ours="new")
 
 
+def test_a_folder_may_be_written_in_the_place_of_the_one_that_is_being_made(tmp_path):
+    with new_folder(tmp_path / "outer", ALL) as unfinished:
+        with new_folder(unfinished, ALL) as inner:
+            (inner / "name").write_text("x")
+        write_files(unfinished, {"other": text("y")})
+    assert contents(tmp_path) == {"outer/name": "x", "outer/other": "y"}
+
+
 # killed processes
 
 
