@@ -337,16 +337,21 @@ def _aside(folder: Path) -> Iterator[Path]:
 
 def _sweep(folder: Path) -> None:
     for aside in folder.glob("*".join(ASIDE)):
-        held = _lock(aside, wait=False) if aside.lstat().st_uid == _caller() else None
-        if held is None:  # a live process has it
+        held = _lock(aside, wait=False)
+        if held is None:  # a live process has it, or it has just gone
             continue
-        for old in (aside / "files" / "old").glob(
-            "*"
-        ):  # it was killed before the new one had its name
-            if not os.path.lexists(folder / old.name):
-                os.replace(old, folder / old.name)
-        shutil.rmtree(aside, ignore_errors=True)
+        if os.fstat(held).st_uid == _caller():
+            _bring_back(aside / "files" / "old", folder)
+            shutil.rmtree(aside, ignore_errors=True)
         os.close(held)
+
+
+def _bring_back(moved: Path, folder: Path) -> None:
+    """Gives a folder its old name, which a process killed before the new one had it had taken."""
+    linked = any(map(Path.is_symlink, (moved, moved.parent)))  # by who packed it, not by us
+    for old in [] if linked else moved.glob("*"):
+        if not os.path.lexists(folder / old.name):
+            os.replace(old, folder / old.name)
 
 
 @contextmanager

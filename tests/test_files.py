@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -193,6 +194,18 @@ def test_only_folders_of_the_same_user_and_no_links_are_swept(tmp_path):
     assert (tmp_path / "precious").is_dir() and (tmp_path / ".fluxkern-theirs.tmp").is_dir()
 
 
+def test_nothing_is_taken_from_where_a_link_in_a_planted_folder_leads(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letters").write_text("mine")
+    (tmp_path / "home" / "old").symlink_to(".")
+    for name, link in {"1": "files", "2": "files/old"}.items():
+        planted = tmp_path / "unpacked" / f".fluxkern-{name}.tmp" / link
+        planted.parent.mkdir(parents=True)
+        planted.symlink_to(tmp_path / "home")
+    write_files(tmp_path / "unpacked", {"name": text("x")})
+    assert contents(tmp_path) == {"home/letters": "mine", "unpacked/name": "x"}
+
+
 def test_a_save_killed_anywhere_leaves_the_old_one_or_the_new_one(seed):
     points = ("--points", "10") if CAN_COUNT else ()
     command = [sys.executable, HERE / "crash_points.py", *points, "--kills", "2"]
@@ -250,6 +263,20 @@ def test_two_writers_of_one_folder_leave_one_of_the_two(tmp_path):
     }
     assert len(found) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["flux"]
+
+
+def test_writers_of_other_names_in_one_folder_do_not_meet(tmp_path):
+    def write(worker: int) -> None:
+        for i in range(100):
+            write_files(tmp_path, {f"{worker}-{i}": text("x")})
+            replace(tmp_path / f"folder-{worker}", ours=str(i))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))  # raises what they raised
+    names = {f"{worker}-{i}" for worker in range(4) for i in range(100)}
+    assert contents(tmp_path) == dict.fromkeys(names, "x") | {
+        f"folder-{worker}/ours": "99" for worker in range(4)
+    }
 
 
 def test_of_two_that_make_a_file_anew_the_second_is_refused(tmp_path):
