@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -182,12 +182,12 @@ def _limited(kernel: _load.Kernel, limit: Callable = _nothing) -> Callable[..., 
     machine, own = kernel.unavailable, kernel.unsupported
 
     def unsupported(*args: object) -> str | None:
-        return machine(*args) or refused(kernel.device, args) or own(*args) or limit(*args)
+        return machine(*args) or refused(kernel.device, *args) or own(*args) or limit(*args)
 
     return unsupported
 
 
-def refused(device: str, args: Sequence) -> str | None:
+def refused(device: str, *args: object) -> str | None:
     """Why a kernel of `device` does not take tensors of these devices and dtypes."""
     here = f"is_{device}"  # a third of the time of a look at arg.device
     for arg in args:
@@ -199,15 +199,15 @@ def refused(device: str, args: Sequence) -> str | None:
     return None
 
 
-def on_cpu(run: Callable) -> Backend:
+def on_cpu(run: Callable, checks: bool = False) -> Backend:
     """A kernel of the cpu backend that is made of torch's own ops, chosen and tiled by us."""
-    return Backend("cpu", run, lambda *args: refused("cpu", args), by_dtype=True)
+    return Backend("cpu", run, partial(refused, "cpu"), by_dtype=True, checks=checks)
 
 
-def on_cuda(run: Callable) -> Backend:
+def on_cuda(run: Callable, checks: bool = False) -> Backend:
     """The same of the cuda backend."""
-    unsupported = lambda *args: _load.no_cuda() or refused("cuda", args)  # noqa: E731
-    return Backend("cuda", run, unsupported, by_dtype=True)
+    unsupported = lambda *args: _load.no_cuda() or refused("cuda", *args)  # noqa: E731
+    return Backend("cuda", run, unsupported, by_dtype=True, checks=checks)
 
 
 # choosing
@@ -296,9 +296,11 @@ def choose(op: str, name: str | None, args: Sequence) -> Backend:
     raise NotImplementedError(f"{op} cannot run on {named or 'any backend'} ({reasons})")
 
 
-def settled(op: str, args: Sequence) -> bool:
+def settled(op: str, backend: Backend, args: Sequence) -> bool:
     """Whether the next call with this dtype and device would choose as this one did."""
-    return op not in _orders and not _records and measured.order(op, args) is None
+    if _records or not backend.by_dtype or measured.order(op, args) is not None:
+        return False
+    return op not in _orders or backend.name == "cpu"  # orders of their own are for GPUs
 
 
 def run(op: str, name: str | None, *args: object) -> Any:

@@ -112,8 +112,13 @@ class Op:
         self.composed, self.autocast, self.passed_on = composed, autocast, passed_on
         self.gradient = False if self.written else gradient
         self.taken, self.taken_too = _taken(self.gradient), _taken(passed_on)  # by the gradients
-        of_op = (*self.arguments, *self.results)
-        self.kept = [n for n in dict.fromkeys((*self.taken, *self.taken_too)) if n in of_op]
+        taken = {*self.taken, *self.taken_too}
+        kept = [i for i, name in enumerate(self.arguments) if name in taken]
+        self.kept_tensors = [i for i in kept if i in self.tensors]
+        self.kept_results = [i for i, name in enumerate(self.results) if name in taken]
+        self.kept_rest = [i for i in kept if i not in self.tensors]
+        self.kept_names = [self.arguments[i] for i in self.kept_tensors]
+        self.kept_names += [self.results[i] for i in self.kept_results]
         self.ready: dict[tuple[torch.dtype, torch.device], Callable] = {}
         self._register(arguments)
         if flops:
@@ -159,30 +164,46 @@ class Op:
             or forward_ad._current_level >= 0
         ):
             return None
-        grad = is_grad_enabled()
+        needed, grad = False, is_grad_enabled()
         for i in self.tensors:
             t = args[i]
-            if t is not None and (type(t) not in PLAIN or (grad and t.requires_grad)):
-                return None
+            if t is not None:
+                if type(t) not in PLAIN:
+                    return None
+                needed = needed or (grad and t.requires_grad)
         first = args[self.tensors[0]]
-        return self.ready.get((first.dtype, first.device))
+        run = self.ready.get((first.dtype, first.device))
+        if not needed or run is None:
+            return run
+        return partial(self._with_gradient, run) if self.gradient else None
+
+    def _with_gradient(self, run: Callable, *given: object) -> Any:
+        args = *given, None
+        if self.composed and (out := self.composed(*args)) is not None:
+            return out
+        return _Gradient.apply(self, run, *args)
 
     def _run(self, *args: object) -> Any:
         """The torch op's kernel, below autograd."""
         *given, named = args
+        first = given[self.tensors[0]]
+        if named is None and (run := self.ready.get((first.dtype, first.device))):
+            return run(*given)
         backend = _backends.choose(self.name, named, given)
-        if named is None and backend.by_dtype and _backends.settled(self.name, given):
-            first = given[self.tensors[0]]
-            trusted = backend.checks and not self.written
-            run = backend.run if trusted else partial(self._checked, backend)
-            self.ready[first.dtype, first.device] = run
+        if named is None and _backends.settled(self.name, backend, given):
+            if backend.checks and not self.written:
+                self.ready[first.dtype, first.device] = backend.run
+            else:
+                self.ready[first.dtype, first.device] = partial(self._again, backend)
         self._count_as_written(given)
         return _backends.execute(self.name, named, backend, given)
 
-    def _checked(self, backend: _backends.Backend, *args: object) -> Any:
-        self.check(dict(zip(self.arguments, args, strict=True)))
+    def _again(self, backend: _backends.Backend, *args: object) -> Any:
+        if not backend.checks:
+            self.check(dict(zip(self.arguments, args, strict=True)))
+        out = backend.run(*args)
         self._count_as_written(args)
-        return backend.run(*args)
+        return out
 
     def _count_as_written(self, args: Sequence) -> None:
         for i in self.written:
@@ -218,7 +239,8 @@ class Op:
             return self._to_any_order(*args)
         if self.composed and (out := self.composed(*args)) is not None:
             return out
-        return _Gradient.apply(self, keyset, *args)
+        below = partial(self.torch_op.redispatch, keyset & torch._C._after_autograd_keyset)
+        return _Gradient.apply(self, lambda *given: below(*given, args[-1]), *args)
 
     def _to_any_order(self, *args: object) -> Any:
         """By what torch differentiates."""
@@ -250,7 +272,7 @@ class Op:
 
     def _cast(self, args: tuple) -> tuple:
         """The arguments in one dtype, where autocast is on."""
-        if self.autocast is None:
+        if self.autocast is None or not (torch.compiler.is_compiling() or autocasting()):
             return args
         floats = {
             i: args[i]
@@ -289,15 +311,13 @@ class _Gradient(torch.autograd.Function):
     """An op and its fused backward; under `create_graph` the latter is the reference."""
 
     @staticmethod
-    def forward(ctx: Any, op: Op, keyset: torch._C.DispatchKeySet, *args: object) -> Any:
-        out = op.torch_op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-        values = dict(zip(op.arguments, args, strict=False))
-        values |= zip(op.results, out if isinstance(out, tuple) else (out,), strict=True)
-        kept = {name: values[name] for name in op.kept}
-        ctx.op, ctx.backend = op, args[-1]
-        ctx.names = [name for name, value in kept.items() if isinstance(value, Tensor)]
-        ctx.rest = {name: v for name, v in kept.items() if name not in ctx.names}
-        ctx.save_for_backward(*(kept[name] for name in ctx.names))
+    def forward(ctx: Any, op: Op, run: Callable, *args: object) -> Any:
+        out = run(*args[:-1])
+        results = out if isinstance(out, tuple) else (out,)
+        ctx.op, ctx.args = op, {op.arguments[i]: args[i] for i in op.kept_rest}
+        ctx.args["backend"] = args[-1]
+        tensors = [args[i] for i in op.kept_tensors]
+        ctx.save_for_backward(*tensors, *(results[i] for i in op.kept_results))
         optional = isinstance(op.gradient, Op) and op.gradient.optional
         ctx.set_materialize_grads(not optional)  # a backward that takes no dlse runs without one
         return out
@@ -306,7 +326,7 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, *douts: Tensor | None) -> tuple:
         op = ctx.op
         saved = ctx.saved_tensors  # once: a checkpointed block unpacks no more often
-        values = ctx.rest | dict(zip(ctx.names, saved, strict=True)) | {"backend": ctx.backend}
+        values = ctx.args | dict(zip(op.kept_names, saved, strict=True))
         for name, dout in zip(op.results, douts, strict=True):
             values["d" + name] = _given(op, name, dout, values)
         needs = ctx.needs_input_grad[2:-1]

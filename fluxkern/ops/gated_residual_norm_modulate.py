@@ -63,5 +63,5 @@ def gated_residual_norm_modulate(
     Gradients: all five tensors, to any order.
     Source: black-forest-labs/flux, modules/layers.py, DoubleStreamBlock.forward.
     """
-    vectors = (_checks.vector(vec) for vec in (gate, scale, shift))
-    return _op(x, y, *vectors, txt_len, eps, backend)
+    gate, scale, shift = _checks.vector(gate), _checks.vector(scale), _checks.vector(shift)
+    return _op(x, y, gate, scale, shift, txt_len, eps, backend)

@@ -129,6 +129,8 @@ def _gemms(
     activation: str | None,
     add: bool,
 ) -> None:
+    a = {"out": out, "x": x, "weight": weight, "bias": bias}
+    _check_in_place(a)  # torch's own would broadcast a bias, and make out larger
     in_epilogue = activation is not None and _has_gelu_epilogue(x, bias)
     for rows, flat in _matrices(out, x):
         onto = rows if add else bias
@@ -158,12 +160,10 @@ def _on_cpu_(
     activation: str | None,
     add: bool,
 ) -> None:
-    if x.shape[-1] == 0 or _load.load_reason("cpu") is not None or _torch_is_faster(x, weight):
+    if not all(x.shape[-1:] or (0,)) or _load.load_reason("cpu") or _torch_is_faster(x, weight):
         return _gemms(out, x, weight, bias, activation, add)
-    x, weight = dense(x), dense(weight)
     bias = None if bias is None else bias.contiguous()
-    for rows, flat in [(out, x)] if x.ndim <= 3 else _matrices(out, x):
-        torch.ops.fluxkern_cpu.linear_(rows, flat, weight, bias, activation, add)
+    torch.ops.fluxkern_cpu.linear_(out, dense(x), dense(weight), bias, activation, add)
 
 
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -178,10 +178,9 @@ def _on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | N
     return out
 
 
-_backends.register("linear", _backends.on_cpu(_on_cpu))
-_backends.register("linear", _backends.on_cuda(_on_cuda))
-_backends.register("linear_", _backends.on_cpu(_on_cpu_))
-_backends.register("linear_", _backends.on_cuda(_gemms))
+for _name, _cpu, _cuda in (("linear", _on_cpu, _on_cuda), ("linear_", _on_cpu_, _gemms)):
+    _backends.register(_name, _backends.on_cpu(_cpu, checks=True))
+    _backends.register(_name, _backends.on_cuda(_cuda, checks=True))
 
 
 def linear(

@@ -86,9 +86,10 @@ def _check_joint(a: _checks.Args) -> None:
     _checks.rope_tables(a, "txt_q", a["txt_q"].shape[1] + a["img_q"].shape[1])
 
 
-def _joined(txt: Tensor, img: Tensor) -> Tensor:
+def _joined(txt: Tensor, img: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, txt_len, *heads = txt.shape
-    return empty(txt, (batch, txt_len + img.shape[1], *heads))
+    first = empty(txt, (batch, txt_len + img.shape[1], *heads))
+    return first, empty(first), empty(first)
 
 
 _joint_backward = Op(
@@ -113,11 +114,7 @@ _joint_op = Op(
     " Tensor img_k_weight, Tensor cos, Tensor sin, float eps)"
     " -> (Tensor q_out, Tensor k_out, Tensor v_out)",
     reference.joint_qk_norm_rope,
-    lambda txt_q, txt_k, txt_v, img_q, img_k, img_v, *_: (
-        _joined(txt_q, img_q),
-        _joined(txt_k, img_k),
-        _joined(txt_v, img_v),
-    ),
+    lambda txt_q, txt_k, txt_v, img_q, *_: _joined(txt_q, img_q),
     _check_joint,
     gradient=_joint_backward,
     passed_on=_dv,
