@@ -163,14 +163,15 @@ def read_compiled(kernel: Any, arch: int, op: str) -> dict[str, Any]:
 def launcher(op: str) -> Callable:
     from fluxkern.ops import _load
 
-    return getattr(import_module(f"fluxkern.kernels.{_load.TRITON[op]}"), op)
+    return getattr(import_module(f"fluxkern.kernels.{_load.triton_modules()[op]}"), op)
 
 
 def kernel_ops() -> list[str]:
     """Those with a Triton launcher; the joint form where there is one: same kernels."""
     from fluxkern.ops import _load
 
-    return [op for op in _load.TRITON if f"joint_{op.rstrip('_')}" not in _load.TRITON]
+    known = _load.triton_modules()
+    return [op for op in known if f"joint_{op.rstrip('_')}" not in known]
 
 
 VARIANTS = ("rope_attention",)  # ops that launch the kernels of others, specialised otherwise

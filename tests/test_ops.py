@@ -314,6 +314,8 @@ def tensor_arguments(*, first: bool = False) -> list[tuple[str, str]]:
 
 
 def refusal(name: str, **changed: Any) -> str:
+    """Of a wrong call that follows a right one, whose kernel is then known for this dtype."""
+    call(name, make(name, Sizes(), torch.float32))
     args = {**make(name, Sizes(), torch.float32), **changed}
     with pytest.raises(ValueError) as error:
         call(name, args)

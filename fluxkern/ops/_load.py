@@ -47,32 +47,9 @@ OBJECTS = {
     "cuda-emulator": Object("_C_cuda_emulator", "fluxkern_cuda_emulator", "cpu"),
     "cuda-wgmma-emulator": Object("_C_cuda_emulator", "fluxkern_cuda_wgmma_emulator", "cpu"),
 }
-TRITON = {  # op -> module of its launcher
-    "norm_modulate": "norm_modulate",
-    "norm_modulate_backward": "norm_modulate",
-    "norm_modulate_fp8": "norm_modulate_fp8",
-    "gated_residual": "gated_residual",
-    "gated_residual_backward": "gated_residual",
-    "gated_residual_norm_modulate": "gated_residual_norm_modulate",
-    "gated_residual_norm_modulate_backward": "gated_residual_norm_modulate",
-    "qk_norm_rope": "qk_norm_rope",
-    "qk_norm_rope_": "qk_norm_rope",
-    "qk_norm_rope_backward": "qk_norm_rope",
-    "joint_qk_norm_rope": "qk_norm_rope",
-    "joint_qk_norm_rope_backward": "qk_norm_rope",
-    "attention": "attention",
-    "attention_lse": "attention",
-    "attention_backward": "attention",
-    "rope_attention": "rope_attention",
-    "modulation": "modulation",
-    "gelu_tanh": "gelu_tanh",
-    "gelu_tanh_backward": "gelu_tanh",
-    "gelu_tanh_fp8": "gelu_tanh_fp8",
-    "group_norm_silu": "group_norm_silu",
-    "group_norm_silu_backward": "group_norm_silu",
-}
 _schemas: dict[str, str] = {}  # op -> schema of its destination-passing form
 _fakes: dict[str, Callable] = {}  # op -> what allocates its results
+_triton: dict[str, str] = {}  # op -> module of its launcher in fluxkern/kernels
 _libraries: dict[str, torch.library.Library] = {}
 
 
@@ -91,11 +68,19 @@ class Kernel(NamedTuple):
     unsupported: Callable[..., str | None] = _nothing  # what it does not take
 
 
-def declare(op: str, schema: str, fake: Callable) -> None:
-    """An op that backends may implement, in its destination-passing form."""
+def declare(op: str, schema: str, fake: Callable, triton: str | None) -> None:
+    """An op that backends may implement, in its destination-passing form; `triton` is the module of
+    its launcher."""
     _schemas[op], _fakes[op] = schema, fake
+    if triton:
+        _triton[op] = triton
     for library in _libraries.values():
         library.define(schema)
+
+
+def triton_modules() -> dict[str, str]:
+    """Op -> module of its launcher in fluxkern/kernels, of all that have one."""
+    return dict(_triton)
 
 
 def allocator(op: str) -> Callable:
@@ -180,13 +165,13 @@ def interpreting() -> bool:
 
 def triton(op: str) -> Kernel | str:
     """The launcher of an op in Triton, or the reason why there is none."""
-    if op not in TRITON:
+    if op not in _triton:
         return no_kernel("triton")
     if not interpreting() and no_cuda():
         return no_cuda()
     if find_spec("triton") is None:
         return "triton is not installed"
-    module = import_module(f"{KERNELS}.{TRITON[op]}")
+    module = import_module(f"{KERNELS}.{_triton[op]}")
     launch, limits = _with_tiles(op, getattr(module, op)), getattr(module, "unsupported", _nothing)
 
     def unsupported(*args: object) -> str | None:

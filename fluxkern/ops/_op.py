@@ -82,6 +82,8 @@ class Op:
             neither is given.
         autocast: "lower" as torch's linear, "widest" as its layer_norm, None casts nothing.
         flops: called with the arguments, gives those of the matrix products.
+        triton: module of fluxkern/kernels with a launcher of the op's name. Kernels of the compiled
+            objects are found by the name alone.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Op:
         composed: Callable | None = None,
         autocast: str | None = "widest",
         flops: Callable[..., int] | None = None,
+        triton: str | None = None,
     ):
         self.name, _, rest = schema.partition("(")
         arguments, _, results = rest.rpartition(") -> ")
@@ -120,14 +123,14 @@ class Op:
         self.kept_names = [self.arguments[i] for i in self.kept_tensors]
         self.kept_names += [self.results[i] for i in self.kept_results]
         self.ready: dict[tuple[torch.dtype, torch.device], Callable] = {}
-        self._register(arguments)
+        self._register(arguments, triton)
         if flops:
             _flops.register(self.torch_op.overloadpacket, lambda *args, **_: flops(*args[:-1]))
 
-    def _register(self, arguments: str) -> None:
+    def _register(self, arguments: str, triton: str | None) -> None:
         outs = [f"Tensor({chr(97 + i)}!) {name}" for i, name in enumerate(self.results)]
         private = f"{self.name}({', '.join([arguments, *outs])}) -> ()"
-        _load.declare(self.name, private.replace("SymInt", "int"), self.fake)
+        _load.declare(self.name, private.replace("SymInt", "int"), self.fake, triton)
         _backends.register(self.name, _backends.Backend("reference", self._dense_reference))
         _backends.when_changed(self.ready.clear)
         qualified = _ops.add_op_namespace_prefix(self.name)

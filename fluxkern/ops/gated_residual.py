@@ -18,6 +18,7 @@ _backward = Op(
     " -> (Tensor dy, Tensor dgate)",
     reference.gated_residual_backward,
     lambda dx_new, y, gate, *_: empty_each(y, gate),
+    triton="gated_residual",
 )
 
 _op = Op(
@@ -27,6 +28,7 @@ _op = Op(
     _check,
     gradient=_backward,
     passed_on=lambda dx_new: {"x": dx_new},
+    triton="gated_residual",
 )
 
 

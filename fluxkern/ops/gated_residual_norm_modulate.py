@@ -19,6 +19,7 @@ _backward = Op(
     " -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dscale, Tensor dshift)",
     reference.gated_residual_norm_modulate_backward,
     lambda dx_new, dh, x_new, y, gate, scale, *_: empty_each(x_new, y, gate, scale, scale),
+    triton="gated_residual_norm_modulate",
 )
 _op = Op(
     "gated_residual_norm_modulate(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift,"
@@ -27,6 +28,7 @@ _op = Op(
     lambda x, *_: empty_each(x, x),
     _check,
     gradient=_backward,
+    triton="gated_residual_norm_modulate",
 )
 
 

@@ -16,6 +16,7 @@ _backward = Op(
     "gelu_tanh_backward(Tensor dy, Tensor x) -> (Tensor dx)",
     reference.gelu_tanh_backward,
     lambda dy, x: empty(x),
+    triton="gelu_tanh",
 )
 _op = Op(
     "gelu_tanh(Tensor x) -> (Tensor y)",
@@ -23,6 +24,7 @@ _op = Op(
     empty,
     _check,
     gradient=_backward,
+    triton="gelu_tanh",
 )
 
 

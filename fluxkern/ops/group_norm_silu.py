@@ -37,6 +37,7 @@ _backward = Op(
     " float eps) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     reference.group_norm_silu_backward,
     lambda dy, x, weight, bias, *_: (_like_x(x), *empty_each(weight, bias)),
+    triton="group_norm_silu",
 )
 
 
@@ -62,6 +63,7 @@ _op = Op(
     lambda x, *_: _like_x(x),
     _check,
     gradient=_gradient,
+    triton="group_norm_silu",
 )
 
 

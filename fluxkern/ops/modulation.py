@@ -37,6 +37,7 @@ _op = Op(
     gradient=_gradient,
     autocast="lower",
     flops=lambda vec, weight, _: 2 * vec.numel() * weight.shape[0],
+    triton="modulation",
 )
 
 

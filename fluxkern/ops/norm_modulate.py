@@ -17,6 +17,7 @@ _backward = Op(
     " -> (Tensor dx, Tensor dscale, Tensor dshift)",
     reference.norm_modulate_backward,
     lambda dh, x, scale, *_: empty_each(x, scale, scale),
+    triton="norm_modulate",
 )
 _op = Op(
     "norm_modulate(Tensor x, Tensor scale, Tensor shift, SymInt txt_len, float eps) -> (Tensor h)",
@@ -24,6 +25,7 @@ _op = Op(
     lambda x, *_: empty(x),
     _check,
     gradient=_backward,
+    triton="norm_modulate",
 )
 
 

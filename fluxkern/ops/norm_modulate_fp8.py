@@ -35,6 +35,7 @@ _op = Op(
     lambda x, *_: fp8_rows(x),
     _check,
     gradient=False,
+    triton="norm_modulate_fp8",
 )
 
 

@@ -22,6 +22,7 @@ _backward = Op(
     " -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)",
     reference.qk_norm_rope_backward,
     lambda dq_out, dk_out, *args: empty_each(*args[:4]),
+    triton="qk_norm_rope",
 )
 _op = Op(
     "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
@@ -30,6 +31,7 @@ _op = Op(
     lambda q, k, *_: empty_each(q, k),
     _check,
     gradient=_backward,
+    triton="qk_norm_rope",
 )
 
 
@@ -100,6 +102,7 @@ _joint_backward = Op(
     " Tensor dtxt_k_weight, Tensor dimg_q_weight, Tensor dimg_k_weight)",
     reference.joint_qk_norm_rope_backward,
     lambda dq_out, dk_out, *args: empty_each(*args[:8]),
+    triton="qk_norm_rope",
 )
 
 
@@ -118,6 +121,7 @@ _joint_op = Op(
     _check_joint,
     gradient=_joint_backward,
     passed_on=_dv,
+    triton="qk_norm_rope",
 )
 
 
@@ -184,6 +188,7 @@ _in_place_op = Op(
     reference.qk_norm_rope_,
     check=_check_in_place,
     autocast=None,
+    triton="qk_norm_rope",
 )
 
 

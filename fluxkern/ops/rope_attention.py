@@ -35,6 +35,7 @@ _op = Op(
     composed=_composed,
     autocast="lower",
     flops=attention_flops,
+    triton="rope_attention",
 )
 
 

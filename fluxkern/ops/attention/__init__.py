@@ -38,6 +38,7 @@ _op = Op(
     composed=_by_lse,
     autocast="lower",
     flops=attention_flops,
+    triton="attention",
 )
 _backward = Op(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
@@ -48,6 +49,7 @@ _backward = Op(
     flops=lambda dout, dlse, q, k, *_: (
         10 * q.numel() * k.shape[1]
     ),  # five GEMMs of the forward's two
+    triton="attention",
 )
 _lse_op = Op(
     "attention_lse(Tensor q, Tensor k, Tensor v) -> (Tensor out, Tensor lse)",
@@ -57,6 +59,7 @@ _lse_op = Op(
     gradient=_backward,
     autocast="lower",
     flops=attention_flops,
+    triton="attention",
 )
 
 
