@@ -168,6 +168,13 @@ def _add_generate(commands: Any) -> None:
         metavar="FILE",
         help="a .safetensors, .sft or .gguf file in the place of weights of the folder; repeatable",
     )
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA, a .safetensors file or ORG/NAME, and how much it counts, 1; repeatable",
+    )
     add("--negative-prompt", metavar="TEXT", help="what to lead away from")
     add("--true-cfg-scale", type=float, metavar="S", help="two-pass guidance; compact: 2, else 1")
     add("--guidance-scale", type=float, metavar="G", help=f"distilled guidance; {GUIDANCE}")
@@ -190,6 +197,7 @@ def _add_generate(commands: Any) -> None:
 def _generate(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     _check_generate(args, prompts)
+    loras = [_lora(given) for given in args.lora]
     given, args.seed = args.seed, _seed(args.seed)
     outputs = _outputs(args, len(prompts) * args.batch)
 
@@ -204,7 +212,7 @@ def _generate(args: argparse.Namespace) -> None:
             folder, weights=args.weights, dtype=_dtype(args), device=args.device
         )
         args.max_sequence_length = args.max_sequence_length or pipe.text_encoder.max_sequence_length
-        facts = _facts(args, folder)
+        facts = _facts(args, folder) | _load_loras(pipe, loras)
         if given is None:
             _say(f"seed {args.seed}")
         for i, prompt in enumerate(prompts):
@@ -214,6 +222,34 @@ def _generate(args: argparse.Namespace) -> None:
                 about = {"prompt": prompt, "seed": args.seed + number, "size": list(image.size)}
                 _save_png(image, outputs[number], _png_info(about | facts), args.force)
                 print(outputs[number], flush=True)
+
+
+def _lora(given: str) -> tuple[Path, float]:
+    """The file of FILE[:SCALE] and the scale."""
+    from . import checkpoint
+    from .pipeline import check_finite
+
+    path, colon, scale = given.rpartition(":")
+    try:
+        number = float(scale) if colon else None
+    except ValueError:
+        number = None  # the colon is the path's
+    if number is None:
+        path, number = given, 1.0
+    return checkpoint.lora_file(path), check_finite(f"--lora {path}: the scale", number)
+
+
+def _load_loras(pipe: Any, loras: Sequence[tuple[Path, float]]) -> dict[str, Any]:
+    """Loads them, and gives what a PNG says of them; the rest of a path says where, not what."""
+    from . import checkpoint
+
+    for n, (path, scale) in enumerate(loras):
+        pipe.load_lora(path, scale, str(n))
+    about = [
+        {"file": path.name, "hash": checkpoint.weights_hash(path), "scale": scale}
+        for path, scale in loras
+    ]
+    return {"loras": about} if about else {}
 
 
 def _seed(given: int | None) -> int:

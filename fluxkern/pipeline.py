@@ -20,6 +20,7 @@ from torch import Tensor
 from . import checkpoint
 from ._files import new_folder, read_json, write_json
 from .model import memory, sampling
+from .model.adapters import Adapters
 from .model.autoencoder import AutoEncoder
 from .model.layers import adapters_scaled
 from .model.sampling import Conditioning, Generators, ScheduleConfig, Step
@@ -111,6 +112,7 @@ class FluxPipeline:
         self.schedule = schedule
         self.default_size = default_size
         self._calls: list[_Call] = []  # those that run
+        self._loras = Adapters(self._lora_parts())
         self._t5_home: torch.device | None = None  # while T5 waits on the CPU for its next prompt
         self._check_parts()
 
@@ -214,6 +216,69 @@ class FluxPipeline:
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.to_diffusers())
         write_json(folder / "model_index.json", MODEL_INDEX)
+
+    def _lora_parts(self) -> dict[str, torch.nn.Module]:
+        text = self.text_encoder
+        return {
+            "transformer": self.transformer,
+            "text_encoder": text.clip,
+            "text_encoder_2": text.t5,
+        }
+
+    def load_lora(
+        self,
+        path_or_id: str | Path,
+        scale: float = 1.0,
+        name: str | None = None,
+        *,
+        allow_unused: bool = False,
+    ) -> checkpoint.Lora:
+        """Add a LoRA to the pipeline, whole or not at all; those that it has stay as they are.
+
+        Read are the layouts of diffusers and peft, kohya, ComfyUI, XLabs, fal, ai-toolkit,
+        OneTrainer and SimpleTuner; LoRA with alpha, rsLoRA or DoRA, LoHa, LoKr, GLoRA and full
+        differences. Floating-point weights are merged, in fp32 from the kept base, at no cost to
+        a step; int8 weights stay and the LoRA is added to their products.
+
+        Args:
+            path_or_id: a .safetensors file, a folder that holds one, "org/name" or
+                "org/name/file.safetensors" on the Hugging Face hub.
+            scale: how much it counts; 0 leaves the bits of the base.
+            name: for `set_loras`; None is the name of the file without its ending.
+            allow_unused: a key that fits nothing in the model is listed and no error.
+
+        Returns:
+            What it changes, and what became of each of its keys.
+
+        Raises:
+            ValueError: no LoRA for this model, a key that is not used, a shape that does not fit, a
+                value that is not finite, a kind that is not read, or a name that is taken.
+        """
+        path = checkpoint.lora_file(path_or_id)
+        name, scale = path.stem if name is None else name, check_finite("scale", scale)
+        if name in self._loras.updates:
+            raise ValueError(f"name must be new, got {name!r:.80}, which is loaded")
+        self._loras.parts = self._lora_parts()
+        lora = checkpoint.read_lora(path, self._loras.parts, allow_unused=allow_unused)
+        self._loras.set(
+            self._loras.updates | {name: lora.updates}, self._loras.strengths | {name: scale}
+        )
+        return lora
+
+    def set_loras(self, scales: dict[str, float]) -> None:
+        """Set how much each loaded LoRA counts; those not named count nothing.
+
+        Raises:
+            ValueError: a name that is not loaded, or a scale that is not finite.
+        """
+        for name in scales:
+            _check_choice("scales", name, tuple(self._loras.updates))
+        checked = {name: check_finite(f"the scale of {name}", s) for name, s in scales.items()}
+        self._loras.set(self._loras.updates, dict.fromkeys(self._loras.updates, 0.0) | checked)
+
+    def unload_loras(self) -> None:
+        """Take all LoRAs away; the weights have the bits that they had before."""
+        self._loras.set({}, {})
 
     @property
     def device(self) -> torch.device:

@@ -26,6 +26,7 @@ from .files import (
     save_flux,
     weights_hash,
 )
+from .lora import Lora, lora_file, read_lora
 from .names import (
     autoencoder_from_diffusers,
     autoencoder_to_diffusers,
@@ -35,6 +36,7 @@ from .names import (
 
 __all__ = [
     "INDEX",
+    "Lora",
     "autoencoder_config_from_diffusers",
     "autoencoder_config_from_state",
     "autoencoder_config_to_diffusers",
@@ -53,9 +55,11 @@ __all__ = [
     "load_clip",
     "load_flux",
     "load_t5",
+    "lora_file",
     "parts_in",
     "read_header",
     "read_json",
+    "read_lora",
     "require_text_to_image",
     "resolve",
     "save_autoencoder",

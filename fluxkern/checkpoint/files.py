@@ -24,7 +24,7 @@ from .._files import (
     write_tensors,
 )
 from ..model.autoencoder import AutoEncoder
-from ..model.int8 import block_linears, comfy_state, int8_state, is_int8, to_int8
+from ..model.int8 import block_linears, comfy_state, int8_state, is_int8, to_int8, with_adapters
 from ..model.transformer import Flux, FluxConfig
 from . import configs, names
 from .gguf import MAGIC, read_gguf
@@ -116,19 +116,27 @@ def _is_gguf(path: Path) -> bool:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _entries(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def stored_in(
+    path: Path, dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of a safetensors file as they are stored, and the texts in its header."""
     header, texts, first = read_tensor_header(path)
     entries = {}
     for key, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if LORA.search(key):
-            raise ValueError(f"{path} is a LoRA, not a model: it holds {key!r:.200}")
-        if about["dtype"] not in DTYPES:
+        if about["dtype"] not in dtypes:
             raise ValueError(
-                f"{path}: {key:.200} must be one of {list(DTYPES)}, got {about['dtype']}"
+                f"{path}: {key:.200} must be one of {list(dtypes)}, got {about['dtype']}"
             )
-        dtype, begin = DTYPES[about["dtype"]], first + about["data_offsets"][0]
+        dtype, begin = dtypes[about["dtype"]], first + about["data_offsets"][0]
         entries[key] = Stored(path, key, tuple(about["shape"]), dtype, begin)
+    return entries, texts
+
+
+def _entries(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """As `stored_in`, of a model."""
+    entries, texts = stored_in(path)
+    if lora := next(filter(LORA.search, entries), None):
+        raise ValueError(f"{path} is a LoRA, not a model: it holds {lora!r:.200}")
     return entries, texts
 
 
@@ -526,8 +534,8 @@ def save_flux(
         dtype: of the tensors in the file; None keeps the model's, as a model in int8 must: its
             file is Comfy's `int8_tensorwise`, in the format "bfl" alone.
     Raises:
-        ValueError: an unknown format, or a configuration, an int8 model or a dtype that it cannot
-            hold.
+        ValueError: an unknown format, or a configuration, an int8 model, a LoRA beside one, or a
+            dtype that it cannot hold.
         OSError: the files could not be written; nothing of them is left.
     """
     if is_int8(model) and (format != "bfl" or dtype is not None):
@@ -535,6 +543,8 @@ def save_flux(
             f"format must be 'bfl' and dtype None for a model in int8 to be saved, "
             f"got {format!r:.80} and {dtype}"
         )
+    if beside := with_adapters(model):
+        raise ValueError(f"model must have no LoRA in int8 to be saved, got one on {beside[0]}")
     _save(FLUX, model, path, format, max_shard_size, dtype)
 
 

@@ -79,12 +79,10 @@ def product(
     add: bool = False,
 ) -> Tensor:
     """`ops.linear`, or its int8 form, of the weight of a layer that need not be called."""
-    options = {"activation": activation, "out": out, "add": add}
     weight = layer.weight
     if isinstance(weight, Int8Weight):
-        options["rotation"] = weight.rotation
-        return ops.linear_int8(x, weight.values, weight.scale, layer.bias, **options)
-    return ops.linear(x, weight, layer.bias, **options)
+        return weight.product(x, layer.bias, activation, out, add)
+    return ops.linear(x, weight, layer.bias, activation=activation, out=out, add=add)
 
 
 def linear(x: Tensor, layer: nn.Module, activation: str | None = None) -> Tensor:
