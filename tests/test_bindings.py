@@ -27,11 +27,11 @@ WRONG_SCALARS = {"txt_len": (-1, 8), "num_groups": (0, 5), "activation": ("relu"
 def kernel_of(backend: str, op: str) -> Callable:
     if reason := _load.load_reason(backend):
         pytest.skip(reason)
-    return getattr(getattr(torch.ops, _load.OBJECTS[backend].library), op).default
+    return getattr(getattr(torch.ops, _load.OBJECTS[backend].namespace), op).default
 
 
 def runs(backend: str, op: str) -> bool:
-    name = f"{_load.OBJECTS[backend].library}::{op}"
+    name = f"{_load.OBJECTS[backend].namespace}::{op}"
     known = _load.load_reason(backend) is None and name in torch._C._dispatch_get_all_op_names()
     return known and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 
 from . import _probe, measured
 from ._digests import build_info
@@ -24,7 +25,7 @@ KERNELS = f"{__package__.rpartition('.')[0]}.kernels"
 
 class Object(NamedTuple):
     file: str
-    library: str  # of its torch ops
+    namespace: str  # of its torch ops
     device: str  # of its tensors
     functions: tuple[str, ...] = ()  # schemas of what it has beside the ops
 
@@ -50,7 +51,7 @@ OBJECTS = {
 _schemas: dict[str, str] = {}  # op -> schema of its destination-passing form
 _fakes: dict[str, Callable] = {}  # op -> what allocates its results
 _triton: dict[str, str] = {}  # op -> module of its launcher in fluxkern/kernels
-_libraries: dict[str, torch.library.Library] = {}
+_libraries: dict[str, torch_library.Library] = {}
 
 
 class Missing(str):
@@ -127,15 +128,15 @@ def _object_reason(index: int) -> str | None:
 @cache
 def load_reason(backend: str) -> str | None:
     """Loads the compiled object of a backend, once; None, or the reason why it is not there."""
-    name, library, _, functions = OBJECTS[backend]
+    name, namespace, _, functions = OBJECTS[backend]
     file = PACKAGE / f"{name}.so"
     if not file.exists():
         reason = build_info().get(name, {}).get("reason") or "not built"
         return f"{file.name} is missing ({reason})"
-    if library not in _libraries:
-        _libraries[library] = torch.library.Library(library, "FRAGMENT")
+    if namespace not in _libraries:
+        _libraries[namespace] = torch_library.Library(namespace, "FRAGMENT")
         for schema in (*functions, *_schemas.values()):
-            _libraries[library].define(schema)
+            _libraries[namespace].define(schema)
     try:
         torch.ops.load_library(str(file))
         return None
@@ -149,10 +150,10 @@ def compiled(op: str, backend: str) -> Kernel | str:
         return no_kernel(backend)
     if reason := load_reason(backend):
         return reason
-    file, library, device, _ = OBJECTS[backend]
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{library}::{op}", device.upper()):
+    file, namespace, device, _ = OBJECTS[backend]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op}", device.upper()):
         return no_kernel(backend)
-    kernel = getattr(getattr(torch.ops, library), op).default
+    kernel = getattr(getattr(torch.ops, namespace), op).default
     return Kernel(kernel, device, _against_gpu if file == "_C_cuda" else _nothing)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 from torch.autograd import forward_ad
 
 from .. import _ops
@@ -23,7 +24,7 @@ from . import _backends, _flops, _load
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 FP32 = ("cos", "sin", "weight_scale")  # whatever the other dtypes, also under autocast
-library = torch.library.Library(_ops.add_op_namespace_prefix("").rstrip(":"), "FRAGMENT")
+library = torch_library.Library(_ops.add_op_namespace_prefix("").rstrip(":"), "FRAGMENT")
 is_grad_enabled = torch.is_grad_enabled
 dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = torch._C._len_torch_function_stack
@@ -134,8 +135,8 @@ class Op:
         _backends.register(self.name, _backends.Backend("reference", self._dense_reference))
         _backends.when_changed(self.ready.clear)
         qualified = _ops.add_op_namespace_prefix(self.name)
-        torch.library.impl(qualified, "default", self._run)
-        torch.library.register_fake(qualified, lambda *args: self.fake(*args[:-1]))
+        torch_library.impl(qualified, "default", self._run)
+        torch_library.register_fake(qualified, lambda *args: self.fake(*args[:-1]))
         library.impl(self.name, self._autograd, "Autograd", with_keyset=True)
         for device, key in AUTOCAST_KEYS.items() if self.autocast else ():
             library.impl(self.name, self._autocast(device, key), key)
