@@ -52,10 +52,22 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(file.st_mode):
         raise ValueError(f"{path} is not a file")
-    if not stat.S_ISLNK(link.st_mode) or file.st_uid in (link.st_uid, 0, _caller()):
+    _check_owner(path, link, file)
+
+
+def check_folders(folder: Path) -> None:
+    """Refuses links in a folder that others made to folders that `check_file` refuses files of."""
+    for path in folder.iterdir():
+        if path.is_symlink() and path.is_dir():
+            _check_owner(path, os.lstat(path), os.stat(path))
+
+
+def _check_owner(path: Path, link: os.stat_result, target: os.stat_result) -> None:
+    if not stat.S_ISLNK(link.st_mode) or target.st_uid in (link.st_uid, 0, _caller()):
         return
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
-        raise ValueError(f"{path}: leads out of its folder, to a file of another user")
+        kind = "folder" if stat.S_ISDIR(target.st_mode) else "file"
+        raise ValueError(f"{path}: leads out of its folder, to a {kind} of another user")
 
 
 def _caller() -> int:

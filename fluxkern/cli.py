@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -275,7 +276,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             lines = io.StringIO(text.decode("utf-8-sig"), newline=None)
         except UnicodeDecodeError as error:
             raise ValueError(f"--prompts {args.prompts} is not UTF-8 text: {error}") from None
-        prompts = [line.rstrip("\n") for line in lines if line.strip()]
+        found = (line.rstrip("\n") for line in lines if line.strip())
+        prompts = list(islice(found, MAX_PICTURES + 1))
+        if len(prompts) > MAX_PICTURES:
+            raise ValueError(f"--prompts {args.prompts}: holds more than {MAX_PICTURES} prompts")
         if not prompts:
             raise ValueError(f"--prompts {args.prompts} holds no prompt, only blank lines")
     return prompts

@@ -675,6 +675,8 @@ def _lora_scale(kwargs: dict[str, Any] | None) -> float:
 
 
 def _check_shape(name: str, x: Tensor, shape: tuple[int | None, ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}, got {list(x.shape)}")
 

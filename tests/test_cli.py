@@ -284,11 +284,13 @@ def test_a_bad_argument_is_refused_in_one_line(generate, tmp_path, words):
         ("generate --prompts /dev/zero", "--prompts /dev/zero: larger than 67108864 bytes"),
         ("generate --prompts long.txt", "--prompts must have at most 1048576 characters"),
         ("generate --prompts many.txt --batch 1000", "at most 100000 pictures, 101000 were asked"),
+        ("generate --prompts lines.txt", "--prompts lines.txt: holds more than 100000 prompts"),
     ],
 )
 def test_counts_have_bounds(fluxkern_at, command, says):
     Path("long.txt").write_text("x" * (2**20 + 1))
     Path("many.txt").write_text("a\n" * 101)
+    Path("lines.txt").write_text("ab\n\n" * 100_001)
     assert_refused(fluxkern_at(*command.split()), 2, says)
 
 

@@ -1,6 +1,7 @@
 """The whole picture against diffusers.FluxPipeline, and what every argument of a call does."""
 
 import json
+import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -379,7 +380,12 @@ TXT, VEC = torch.zeros(1, 8, 32), torch.zeros(1, 24)
         ({"true_cfg_scale": float("inf")}, "true_cfg_scale must be a finite number, got inf"),
         ({"generator": [seeded(), seeded()]}, "generator: 2 given for 1 pictures"),
         ({"latents": torch.zeros(1, 6, 16)}, r"latents must be \[1, 6, 64\], got \[1, 6, 16\]"),
+        ({"latents": np.zeros((1, 6, 64))}, "latents must be a torch.Tensor, got ndarray"),
         ({"prompt_embeds": TXT}, "prompt_embeds and pooled_prompt_embeds must be given together"),
+        (
+            {"prompt": None, "prompt_embeds": TXT.numpy(), "pooled_prompt_embeds": VEC},
+            "^prompt_embeds must be a torch.Tensor, got ndarray",
+        ),
         (
             {"prompt_embeds": TXT, "pooled_prompt_embeds": VEC},
             "prompt must not be given with prompt_embeds, got both",
@@ -570,3 +576,18 @@ def test_the_documented_memory_of_flux_is_what_is_derived():
         step = memory.step_bytes(CONFIGS["dev"], (side // 16) ** 2 + 512, 1, 2) / 1e9
         decoding = memory.decode_bytes(side, side, 1, 2) / 1e9
         assert f"| {side} px | {step:.1f} | {decoding:.1f} |" in text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives folders to another user")
+@pytest.mark.parametrize("name", ["transformer", "vae", "tokenizer_2", "scheduler"])
+def test_a_component_that_is_a_link_to_another_users_folder_is_refused(folder, tmp_path, name):
+    model, theirs = tmp_path / "model", tmp_path / "theirs"
+    shutil.copytree(folder, model)
+    (model / name).rename(theirs)
+    (model / name).symlink_to("../theirs")
+    FluxPipeline.from_pretrained(model)
+    os.chown(theirs, 54321, -1)
+    with pytest.raises(ValueError, match=f"{name}: leads out of its folder, to a folder of anoth"):
+        FluxPipeline.from_pretrained(model)
+    os.chown(model / name, 54321, -1, follow_symlinks=False)  # the link is theirs as well
+    FluxPipeline.from_pretrained(model)

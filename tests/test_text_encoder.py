@@ -122,6 +122,15 @@ def test_what_is_cut_is_the_text_behind_the_last_token_kept(encoder):
         encoder.encode([" ".join(words)])
 
 
+def test_what_is_cut_is_shown_where_it_has_no_spaces(encoder):
+    with pytest.warns(UserWarning) as said:
+        encoder.encode(["red" * 900])
+    clip, t5 = (str(warning.message) for warning in said)
+    for message in (clip, t5):
+        shown = message.partition("this was cut: ")[2]
+        assert 300 < len(shown) <= 402 and shown.endswith(" ...'"), message
+
+
 def test_a_prompt_that_just_fits_is_not_warned_about(encoder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

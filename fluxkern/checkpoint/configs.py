@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._files import read_json
+from .._files import check_folders, read_json
 from ..model.autoencoder import AutoEncoderConfig
 from ..model.transformer import CONFIGS, FluxConfig
 from .names import count
@@ -335,10 +335,12 @@ def check_model_index(folder: str | Path) -> None:
     """Refuses a diffusers folder whose model_index.json names another pipeline than FluxPipeline.
 
     Raises:
-        ValueError: no model_index.json, or another class, which is named.
+        ValueError: no model_index.json, or another class, which is named; a component that is a
+            link to another user's folder.
     """
     path = Path(folder) / "model_index.json"
     name = read_json(path).get("_class_name")
+    check_folders(path.parent)
     if name != "FluxPipeline":
         raise ValueError(
             f"{name!r:.80} has no pipeline in fluxkern yet: _class_name in {path} must be "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -311,7 +310,8 @@ def _tokenize(tokenizer: Any, texts: list[str], limit: int, name: str, encoder: 
         if len(ids) > limit:
             # the last token kept is the end mark, so the cut begins one earlier
             lost = tokenizer.decode(ids[limit - 1 : -1][:500])
-            cut = textwrap.shorten(lost[:2000], 400, placeholder=" ...")
+            cut = " ".join(lost[:2000].split())
+            cut = cut if len(cut) <= 400 else f"{cut[:396].rstrip()} ..."
             warnings.warn(
                 f"{name} reads {limit} tokens and the prompt has {len(ids)}; this was cut: {cut!r}",
                 stacklevel=4,
