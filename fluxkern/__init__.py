@@ -6,12 +6,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import ops
     from .integrations.diffusers import accelerate, restore
+    from .integrations.lora import load_lora, unload_loras
     from .pipeline import FluxPipeline
 
 __version__ = "0.1.0"
-__all__ = ["FluxPipeline", "__version__", "accelerate", "explain", "ops", "restore"]
+__all__ = [
+    "FluxPipeline",
+    "__version__",
+    "accelerate",
+    "explain",
+    "load_lora",
+    "ops",
+    "restore",
+    "unload_loras",
+]
 _DIFFUSERS = ".integrations.diffusers"
-_HOMES = {"FluxPipeline": ".pipeline", "accelerate": _DIFFUSERS, "restore": _DIFFUSERS}
+_LORA = ".integrations.lora"
+_HOMES = {
+    "FluxPipeline": ".pipeline",
+    "accelerate": _DIFFUSERS,
+    "load_lora": _LORA,
+    "restore": _DIFFUSERS,
+    "unload_loras": _LORA,
+}
 
 
 def explain(what: object = None, *args: object) -> list:

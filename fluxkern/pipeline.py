@@ -255,14 +255,10 @@ class FluxPipeline:
                 value that is not finite, a kind that is not read, or a name that is taken.
         """
         path = checkpoint.lora_file(path_or_id)
-        name, scale = path.stem if name is None else name, check_finite("scale", scale)
-        if name in self._loras.updates:
-            raise ValueError(f"name must be new, got {name!r:.80}, which is loaded")
+        scale = check_finite("scale", scale)
         self._loras.parts = self._lora_parts()
         lora = checkpoint.read_lora(path, self._loras.parts, allow_unused=allow_unused)
-        self._loras.set(
-            self._loras.updates | {name: lora.updates}, self._loras.strengths | {name: scale}
-        )
+        self._loras.add(path.stem if name is None else name, lora.updates, scale)
         return lora
 
     def set_loras(self, scales: dict[str, float]) -> None:

@@ -26,7 +26,7 @@ LAYERS = {  # a layer and what it may import of fluxkern, besides itself
     "model": {"_files", "_modules", "ops"},
     "checkpoint": {"_files", "model", "ops"},
     "pipeline": {"_files", "checkpoint", "model", "ops"},
-    "integrations": {"_modules", "ops"},
+    "integrations": {"_modules", "checkpoint", "model", "ops"},
     "compact": {"_files", "checkpoint", "model", "ops", "pipeline"},
     "cli": {"_files", "bench", "cases", "checkpoint", "compact", "model", "ops", "pipeline"},
     "__main__": {"cli"},
@@ -275,8 +275,10 @@ def test_package_exports_the_pipeline_the_drop_in_explain_and_ops(probe: dict):
         "__version__": "str",
         "accelerate": "function",
         "explain": "function",
+        "load_lora": "function",
         "ops": "module",
         "restore": "function",
+        "unload_loras": "function",
     }
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline as DiffusersPipeline
 from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import save_file
 from test_transformer import TINY, distance, inputs, random_flux, run_theirs, theirs
+from tiny_flux import write_tiny_flux
 from torch import Tensor, nn
 
+import fluxkern
 from fluxkern.checkpoint import read_lora, save_flux, weights_hash
 from fluxkern.checkpoint.lora import targets
 from fluxkern.cli import main
@@ -658,6 +662,112 @@ def test_every_name_of_a_full_size_file_resolves() -> None:
     found = targets("transformer", on_meta())
     underscored = [name.replace(".", "_") for name in diffusers]
     assert [n for n in (*kohya, *xlabs, *diffusers, *underscored) if n not in found] == []
+
+
+# a diffusers pipeline
+
+
+@pytest.fixture(scope="module")
+def diffusers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("diffusers")
+    write_tiny_flux(folder, guidance=True)
+    return folder / "flux"
+
+
+@pytest.fixture
+def both(diffusers_folder: Path) -> tuple[FluxPipeline, DiffusersPipeline]:
+    other = DiffusersPipeline.from_pretrained(diffusers_folder, local_files_only=True)
+    other.set_progress_bar_config(disable=True)
+    return FluxPipeline.from_pretrained(diffusers_folder), other
+
+
+DRAWN = {"num_inference_steps": 2, "height": 32, "width": 32, "max_sequence_length": 32}
+
+
+def drawn(pipe: FluxPipeline | DiffusersPipeline) -> np.ndarray:
+    options = DRAWN | {"generator": torch.Generator().manual_seed(1), "output_type": "np"}
+    return pipe("a red circle", **options).images
+
+
+def of_both(both: tuple[FluxPipeline, DiffusersPipeline], layout: str) -> Tensors:
+    """A file whose changes are a tenth of the weights, so that pictures stay comparable."""
+    if layout in BFL_LAYOUTS:
+        return smaller(BFL_LAYOUTS[layout](copy.deepcopy(both[0].transformer)))
+    return smaller(DIFFUSERS_LAYOUTS[layout](copy.deepcopy(both[1].transformer)))
+
+
+def smaller(tensors: Tensors) -> Tensors:
+    ups = ("lora_up.weight", "lora_B.weight", ".up.weight", "lora_B.bias")
+    return {key: 0.1 * t if key.endswith(ups) else t for key, t in tensors.items()}
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "comfy", "ai-toolkit", "fal", "bfl"])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_diffusers_pipeline_draws_what_ours_draws_with_a_lora(
+    both: tuple[FluxPipeline, DiffusersPipeline], file: Path, layout: str, accelerated: bool
+) -> None:
+    ours, other = both
+    write(file, of_both(both, layout))
+    before, base = bits(other.transformer), drawn(other)
+    if accelerated:
+        fluxkern.accelerate(other)
+    fluxkern.load_lora(other, file)
+    ours.load_lora(file)
+    assert abs(drawn(other) - drawn(ours)).max() < 1 / 255
+    assert abs(drawn(other) - base).max() > 1 / 255
+    fluxkern.unload_loras(other)
+    assert bits(other.transformer) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["linear1", "last modulation", "k of diffusers"])
+def test_a_kind_in_a_diffusers_model_gives_the_weight_of_its_formula(
+    model: Flux, file: Path, place: str, kind: str
+) -> None:
+    tensors, expected = one_module(model, place, kind)
+    other, args = theirs(model), inputs(TINY)
+    load(other, write(file, tensors))
+    assert distance(outputs(other, args), outputs(expected, args)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "xlabs"])
+def test_diffusers_reads_the_same_file_the_same_way(
+    both: tuple[FluxPipeline, DiffusersPipeline], file: Path, layout: str
+) -> None:
+    ours, other = both
+    tensors = of_both(both, layout) if layout != "xlabs" else xlabs_of(ours.transformer)
+    tensors = {key: t for key, t in tensors.items() if not OTHERS.search(key)}
+    ours.load_lora(write(file, tensors))
+    other.load_lora_weights(file)
+    assert abs(drawn(other) - drawn(ours)).max() < 1 / 255
+
+
+OTHERS = re.compile(
+    "_in[_.]|final_layer|linear1|modulation"
+)  # that it leaves out, or is 3072 wide in
+
+
+def xlabs_of(model: Flux) -> Tensors:
+    hidden, tensors = model.config.hidden_size, {}
+    for n, part, rows in ((0, "qkv_lora1", 3), (0, "proj_lora1", 1), (0, "qkv_lora2", 3)):
+        down, up = factors(rows * hidden, hidden)
+        tensors[f"double_blocks.{n}.processor.{part}.down.weight"] = down
+        tensors[f"double_blocks.{n}.processor.{part}.up.weight"] = 0.1 * up
+    return tensors
+
+
+def test_what_stands_in_the_way_in_diffusers_is_named(
+    both: tuple[FluxPipeline, DiffusersPipeline], file: Path
+) -> None:
+    other = both[1]
+    write(file, of_both(both, "diffusers"))
+    other.transformer.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="fused projections"):
+        fluxkern.load_lora(other, file)
+    other.transformer.unfuse_qkv_projections()
+    other.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="no adapters of peft"):
+        fluxkern.load_lora(other, file, allow_unused=True)
 
 
 # the pipeline and the command

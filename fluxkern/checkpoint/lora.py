@@ -7,7 +7,7 @@ kohya-ss/sd-scripts; `weight_adapter` of ComfyUI; LyCORIS; peft; XLabs-AI/x-flux
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from .._files import read_json
 from ..model import adapters
-from ..model.adapters import Delta, Rows, Update
+from ..model.adapters import Delta, Place, Update
 from ..model.int8 import Int8Linear
 from ..model.transformer import Flux, RMSScale
 from . import names
 from .files import DTYPES, resolve, stored_in
-from .names import ALL_ROWS
 from .stored import Stored
 
 HUB_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
@@ -50,12 +49,11 @@ WRAPPER = "base_model.model."
 CUT_SHORT = "sformer_blocks."  # a writer took too much off "transformer_blocks."
 NOTHING = re.compile(r"bundle_emb\.")  # keys that say nothing of the picture
 XLABS = {
-    "processor.qkv_lora1": "img_attn.qkv",
-    "processor.proj_lora1": "img_attn.proj",
-    "processor.qkv_lora2": "txt_attn.qkv",
-    "processor.proj_lora2": "txt_attn.proj",
-    "processor.qkv_lora": "linear1:qkv",
-    "processor.proj_lora": "linear2",
+    "img_attn.qkv": "processor.qkv_lora1",
+    "img_attn.proj": "processor.proj_lora1",
+    "txt_attn.qkv": "processor.qkv_lora2",
+    "txt_attn.proj": "processor.proj_lora2",
+    "linear2": "processor.proj_lora",
 }
 # diffusers' projections when they are fused
 FUSED = {"img_attn.qkv": "attn.to_qkv", "txt_attn.qkv": "attn.to_added_qkv"}
@@ -75,19 +73,29 @@ SUFFIX = re.compile(
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A layer, or some of its rows, that has a name of its own in some layout.
+    """A layer, some of its rows or several layers, which have a name of their own in some layout.
 
     Args:
         part: of the pipeline.
-        layer: its name in the model.
-        rows: rows of the layer, and the rows of this target that lie there.
+        places: layer, its rows and the rows of this target that lie there, in order.
         shape: [N, Cin] of a linear layer, [D] of a norm.
+        norm: the name of a norm's parameter.
     """
 
     part: str
-    layer: str
-    rows: Rows
+    places: tuple[Place, ...]
     shape: tuple[int, ...]
+    norm: str
+
+    def first(self, rows: int) -> "Target":
+        """The part of it that is its first rows."""
+        places = []
+        for layer, of, own in self.places:
+            stop = min(own.stop, rows)
+            if own.start < stop:
+                cut = slice(of.start, of.start + stop - own.start)
+                places.append(Place(layer, cut, slice(own.start, stop)))
+        return Target(self.part, tuple(places), (rows, *self.shape[1:]), self.norm)
 
 
 @dataclass(frozen=True)
@@ -113,65 +121,95 @@ class Lora:
 
 
 def targets(part: str, model: nn.Module) -> dict[str, Target]:
-    """Every name by which files call a layer of a model, dotted and with underscores."""
-    own = {
-        name: Target(part, name, ((ALL_ROWS, ALL_ROWS),), shape)
-        for name, module in model.named_modules()
-        if (shape := _shape(module))
+    """Every name by which files call a layer of a model, dotted and with underscores.
+
+    Args:
+        part: the name that its targets say.
+        model: a `Flux`, diffusers' of it, or a text encoder.
+    """
+    norm = "scale" if isinstance(model, Flux) else "weight"
+    shapes = {name: shape for name, m in model.named_modules() if (shape := _shape(m))}
+    found = {
+        name: Target(part, (Place(name, slice(0, shape[0]), slice(0, shape[0])),), shape, norm)
+        for name, shape in shapes.items()
     }
-    found = dict(own)
-    if isinstance(model, Flux):
-        found |= _diffusers_targets(model, own) | _xlabs_targets(model, own)
-        found |= {f"{name}.scale": t for name, t in own.items() if len(t.shape) == 1}
+    if sizes := _flux_sizes(model):
+        found |= _other_layout(part, norm, shapes, _weights(sizes, isinstance(model, Flux)))
+        found |= _fused(found, sizes[-1])
+        found |= {f"{name}.scale": t for name, t in found.items() if len(t.shape) == 1}
     else:
-        found |= {f"text_model.{name}": target for name, target in own.items()}
-        found |= {name.removeprefix("text_model."): target for name, target in own.items()}
+        found |= {f"text_model.{name}": target for name, target in found.items()}
+        found |= {name.removeprefix("text_model."): target for name, target in found.items()}
     return {name.replace(".", "_"): target for name, target in found.items()} | found
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
     if isinstance(module, nn.Linear | Int8Linear):
         return module.out_features, module.in_features
-    return tuple(module.scale.shape) if isinstance(module, RMSScale) else ()
+    norm = module.weight if isinstance(module, nn.RMSNorm) else getattr(module, "scale", None)
+    return tuple(norm.shape) if isinstance(module, nn.RMSNorm | RMSScale) else ()
 
 
-def _diffusers_targets(model: Flux, own: Mapping[str, Target]) -> dict[str, Target]:
-    config, hidden = model.config, model.config.hidden_size
-    rows: dict[str, list[tuple[str, slice, slice]]] = {}
-    for piece in names.flux_pieces(
-        config.depth, config.depth_single_blocks, config.guidance_embed, hidden
-    ):
-        if piece.name.endswith(".weight"):
-            stem, layer = piece.name.removesuffix(".weight"), piece.native.rpartition(".")[0]
-            rows.setdefault(stem, []).append((layer, piece.rows, piece.name_rows))
-    found = {}
-    for stem, pieces in rows.items():
-        pieces.sort(key=lambda piece: piece[2].start or 0)
-        found[stem] = _cut(own[pieces[0][0]], tuple(piece[1:] for piece in pieces))
-    for n in range(config.depth):
-        for ours, theirs in FUSED.items():
-            found[f"transformer_blocks.{n}.{theirs}"] = own[f"double_blocks.{n}.{ours}"]
-    qkv = ((slice(0, 3 * hidden), ALL_ROWS),)
-    for n in range(config.depth_single_blocks):
-        layer = own[f"single_blocks.{n}.linear1"]
-        found[f"single_transformer_blocks.{n}.attn.to_qkv"] = _cut(layer, qkv)
+def _flux_sizes(model: nn.Module) -> tuple[int, int, bool, int] | None:
+    """Blocks of both kinds, guidance and width of a FLUX.1 of ours or of diffusers."""
+    config = model.config
+    if isinstance(model, Flux):
+        sizes = config.depth, config.depth_single_blocks, config.guidance_embed, config.hidden_size
+        return sizes
+    if all(cls.__name__ != "FluxTransformer2DModel" for cls in type(model).__mro__):
+        return None
+    hidden = config.num_attention_heads * config.attention_head_dim
+    return config.num_layers, config.num_single_layers, config.guidance_embeds, hidden
+
+
+def _weights(sizes: tuple[int, int, bool, int], native: bool) -> dict[str, list[Place]]:
+    """Name in the other layout -> layers of the model, their rows and those of the name."""
+    found: dict[str, list[Place]] = {}
+    for ours, rows, theirs, their_rows in names.flux_pieces(*sizes):
+        if not ours.endswith(".bias"):
+            sides = (ours.rpartition(".")[0], rows), (theirs.rpartition(".")[0], their_rows)
+            (layer, of), (name, own) = sides if native else sides[::-1]
+            found.setdefault(name, []).append(Place(layer, of, own))
     return found
 
 
-def _xlabs_targets(model: Flux, own: Mapping[str, Target]) -> dict[str, Target]:
-    qkv = ((slice(0, 3 * model.config.hidden_size), ALL_ROWS),)
+def _other_layout(
+    part: str,
+    norm: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: Mapping[str, Sequence[Place]],
+) -> dict[str, Target]:
     found = {}
-    for theirs, ours in XLABS.items():
-        layer, _, cut = ours.partition(":")
-        for name, target in own.items():
-            if re.fullmatch(rf"\w+_blocks\.\d+\.{re.escape(layer)}", name):
-                found[name.removesuffix(layer) + theirs] = _cut(target, qkv) if cut else target
+    for name, pieces in layers.items():
+        if any(layer not in shapes for layer, _, _ in pieces):
+            continue  # something stands in its place
+        places = []
+        for layer, of, own in pieces:
+            rows = range(shapes[layer][0])[of]
+            start = own.start or 0
+            own_rows = slice(start, start + len(rows))
+            places.append(Place(layer, slice(rows.start, rows.stop), own_rows))
+        places.sort(key=lambda place: place.own.start)
+        shape = (places[-1].own.stop, *shapes[places[0].parameter][1:])
+        found[name] = Target(part, tuple(places), shape, norm)
     return found
 
 
-def _cut(target: Target, rows: Rows) -> Target:
-    total = sum(len(range(target.shape[0])[of]) for of, _ in rows)
-    return Target(target.part, target.layer, rows, (total, *target.shape[1:]))
+def _fused(found: Mapping[str, Target], hidden: int) -> dict[str, Target]:
+    """XLabs' names, and diffusers' of fused projections."""
+    extra = {}
+    for name, target in found.items():
+        blocks, _, layer = name.partition("_blocks.")
+        number, _, layer = layer.partition(".")
+        if blocks == "double" and layer in FUSED:
+            extra[f"transformer_blocks.{number}.{FUSED[layer]}"] = target
+        if blocks == "single" and layer == "linear1":
+            qkv = target.first(3 * hidden)
+            extra[f"single_transformer_blocks.{number}.attn.to_qkv"] = qkv
+            extra[f"{name.removesuffix(layer)}processor.qkv_lora"] = qkv
+        if layer in XLABS:
+            extra[f"{name.removesuffix(layer)}{XLABS[layer]}"] = target
+    return extra
 
 
 def _stem_of(stem: str, tables: Mapping[str, Mapping[str, Target]]) -> Target | None:
@@ -262,9 +300,13 @@ def read_lora(
 
     Raises:
         ValueError: a pickle or another kind of file, or damaged; a key that is not used; a shape
-            that does not fit the model; a NaN; a kind that is not read. Names the key.
+            that does not fit the model; a NaN; a kind that is not read. Names the key. Or a model
+            that has adapters of peft.
     """
     path = Path(path)
+    for part, model in models.items():
+        if any(hasattr(module, "base_layer") for module in model.modules()):
+            raise ValueError(f"{part} must have no adapters of peft, which it has: unload them")
     stored, texts = stored_in(path, ALL_DTYPES)
     groups, unused, ignored = _grouped(path, stored, models)
     if unused and not allow_unused:
@@ -277,7 +319,8 @@ def read_lora(
     for group in groups:
         found, kind = _updates(group, configs)
         updates.extend(found)
-        kinds[f"{group.target.part}.{group.target.layer}"] = kind
+        part = group.target.part
+        kinds |= {f"{part}.{place.parameter}": kind for place in group.target.places}
     configs.check_all_met()
     keys = tuple(entry.key for group in groups for entry in group.stored.values())
     return Lora(tuple(updates), kinds, keys, tuple(unused), tuple(ignored))
@@ -407,7 +450,7 @@ def _updates(group: _Group, configs: _Configs) -> tuple[list[Update], str]:
         parameters, make = kinds[kind]
         delta, factors = make(group, configs)
         delta, factors, kind = _with_magnitude(group, delta, factors, kind)
-        name = "scale" if len(group.target.shape) == 1 else "weight"
+        name = group.target.norm if len(group.target.shape) == 1 else "weight"
         found.append(_update(group, name, delta, factors))
         used |= {*parameters, "magnitude", "dora_scale"}
     if left := sorted(set(group.stored) - used):
@@ -421,8 +464,10 @@ def _updates(group: _Group, configs: _Configs) -> tuple[list[Update], str]:
 def _update(
     group: _Group, parameter: str, delta: Delta, factors: tuple[Tensor, Tensor] | None = None
 ) -> Update:
-    target = group.target
-    return Update(target.part, f"{target.layer}.{parameter}", target.rows, delta, factors)
+    places = (
+        place._replace(parameter=f"{place.parameter}.{parameter}") for place in group.target.places
+    )
+    return Update(group.target.part, tuple(places), delta, factors)
 
 
 def _biases(group: _Group, configs: _Configs) -> Iterator[Update]:
@@ -444,7 +489,11 @@ def _matrix(group: _Group) -> tuple[int, int]:
 def _low_rank(group: _Group, configs: _Configs) -> tuple[Delta, tuple[Tensor, Tensor]]:
     rows, columns = _matrix(group)
     wide = group.stored["down"].shape if group.has("down") else ()
-    if group.target.layer == "img_in" and len(wide) == 2 and wide[1] == 2 * columns:
+    if (
+        group.target.places[0].parameter in ("img_in", "x_embedder")
+        and len(wide) == 2
+        and wide[1] == 2 * columns
+    ):
         raise ValueError(
             f"{group} is of a control LoRA: img_in takes {columns} channels, it changes {wide[1]}"
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,33 +14,44 @@ from torch import Tensor, nn
 from .. import ops
 from .int8 import Int8Linear, Int8Weight, LowRank
 
-Rows = tuple[tuple[slice, slice], ...]  # rows of a parameter, and rows of an update in it
 Delta = Callable[[Tensor, float], Tensor]
+
+
+class Place(NamedTuple):
+    """Some rows of a parameter, and the rows of an update that lie there."""
+
+    parameter: str
+    rows: slice
+    own: slice
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What an adapter changes of a parameter, or of some rows of it.
+    """What an adapter changes of a parameter, of some rows of it, or of several.
 
     Args:
         part: which of the models.
-        parameter: its name there.
-        rows: where the rows of the update lie in the parameter, in the order of the update.
+        places: where the rows of the update lie in the model, in the order of the update.
         delta: (rows of the base, fp32 in the update's order; strength) -> what is added to them.
         factors: down [r, Cin] and up [N, r], where delta is strength * up down; else None.
     """
 
     part: str
-    parameter: str
-    rows: Rows
+    places: tuple[Place, ...]
     delta: Delta
     factors: tuple[Tensor, Tensor] | None = None
 
-    def add_to(self, total: Tensor, base: Tensor, strength: float) -> None:
-        """Adds the delta of this base to rows of `total`, both fp32."""
-        delta = self.delta(torch.cat([base[rows] for rows, _ in self.rows]), strength)
-        for rows, own in self.rows:
-            total[rows] += delta[own]
+    def add_to(
+        self, total: Tensor, parameter: str, base: Callable[[str], Tensor], strength: float
+    ) -> None:
+        """Adds to the fp32 change of a parameter what this one makes of the bases."""
+        if self.factors:
+            down, up = (factor.to(total) for factor in self.factors)
+        else:
+            rows = torch.cat([base(place.parameter)[place.rows] for place in self.places])
+            delta = self.delta(rows, strength)
+        for _, rows, own in (place for place in self.places if place.parameter == parameter):
+            total[rows] += strength * (up[own] @ down) if self.factors else delta[own]
 
 
 LARGE = 1.0  # the norm of a change over that of the weight, above which none is known to work
@@ -66,6 +79,18 @@ class Adapters:
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._active: Active = {}
 
+    def add(self, name: str, updates: Sequence[Update], strength: float) -> None:
+        """One more, beside those that are there; whole or not at all.
+
+        Raises:
+            ValueError: as `set`; a name that is taken, or a strength that is not finite.
+        """
+        if name in self.updates:
+            raise ValueError(f"name must be new, got {name!r:.80}, which is loaded")
+        if not math.isfinite(strength):
+            raise ValueError(f"scale must be a finite number, got {strength}")
+        self.set(self.updates | {name: updates}, self.strengths | {name: strength})
+
     def set(self, updates: Mapping[str, Sequence[Update]], strengths: Mapping[str, float]) -> None:
         """Puts these adapters in the place of those that are there; all of them or nothing.
 
@@ -74,13 +99,13 @@ class Adapters:
             strengths: name -> what the update counts; those not named count nothing.
 
         Raises:
-            ValueError: a weight would not be finite, or is not in memory.
+            ValueError: a weight would not be finite, is not in memory or is quantised.
         """
         active: Active = {}
         for name, strength in strengths.items():
             for update in updates[name] if strength else ():
-                places = active.setdefault((update.part, update.parameter), [])
-                places.append((update, strength))
+                for parameter in dict.fromkeys(place.parameter for place in update.places):
+                    active.setdefault((update.part, parameter), []).append((update, strength))
         try:
             sizes = self._apply(active)
         except BaseException:
@@ -98,29 +123,47 @@ class Adapters:
     @torch.no_grad()
     def _apply(self, active: Active) -> dict[tuple[str, str], float]:
         """Place -> how large its change is beside the base, for weights."""
+        for place in active:
+            self._keep(place)  # before any is written: an update may need the bases of others
         sizes = {}
         for place in dict.fromkeys((*active, *self._active, *self._kept)):
-            part, parameter = place
-            layer_name, _, kind = parameter.rpartition(".")
-            layer, changes = self.parts[part].get_submodule(layer_name), active.get(place, [])
-            if isinstance(layer, Int8Linear) and kind == "weight":
-                size = _put_beside(layer, changes)
+            layer, changes = self._layer(place), active.get(place, [])
+            if isinstance(layer, Int8Linear) and place[1].endswith(".weight"):
+                size = self._put_beside(place, layer, changes)
             else:
-                size = self._merge(place, _parameter(layer, place), changes)
-            if kind == "weight":
+                size = self._merge(place, changes)
+            if place[1].endswith(".weight"):
                 sizes[place] = size
         return sizes
 
-    def _merge(
-        self, place: tuple[str, str], weight: Tensor, changes: list[tuple[Update, float]]
-    ) -> float:
+    def _layer(self, place: tuple[str, str]) -> nn.Module:
+        return self.parts[place[0]].get_submodule(place[1].rpartition(".")[0])
+
+    def _keep(self, place: tuple[str, str]) -> None:
+        weight = _parameter(self._layer(place), place)
+        if isinstance(weight, Tensor) and place not in self._kept:
+            self._kept[place] = weight.detach().to("cpu", copy=True)
+
+    def _base(self, place: tuple[str, str]) -> Tensor:
+        """In fp32, where the parameter is."""
+        weight = _parameter(self._layer(place), place)
+        if isinstance(weight, Int8Weight):
+            return Int8Weight(weight.values, weight.scale).dequantised(torch.float32)
+        return self._kept[place].to(weight.device, torch.float32)
+
+    def _sum(self, place: tuple[str, str], changes: list[tuple[Update, float]]) -> Tensor:
+        part, parameter = place
+        total = torch.zeros_like(self._base(place))
+        for update, strength in changes:
+            update.add_to(total, parameter, lambda name: self._base((part, name)), strength)
+        return total
+
+    def _merge(self, place: tuple[str, str], changes: list[tuple[Update, float]]) -> float:
+        weight = _parameter(self._layer(place), place)
         if not changes:
             weight.copy_(self._kept.pop(place, weight))
             return 0.0
-        if place not in self._kept:
-            self._kept[place] = weight.detach().to("cpu", copy=True)
-        base = self._kept[place].to(weight.device, torch.float32)
-        change = _sum(base, changes)
+        change, base = self._sum(place, changes), self._base(place)
         size = _relative(change, base)
         merged = change.add_(base).to(weight.dtype)
         if not merged.isfinite().all():
@@ -128,12 +171,30 @@ class Adapters:
         weight.copy_(merged)
         return size
 
+    def _put_beside(
+        self, place: tuple[str, str], layer: Int8Linear, changes: list[tuple[Update, float]]
+    ) -> float:
+        low = [change for change in changes if change[0].factors]
+        others, delta = [change for change in changes if not change[0].factors], None
+        if others and layer.rotation:
+            raise ValueError(
+                f"a LoRA on {'.'.join(place)}, which ConvRot has turned, must be of low rank"
+            )
+        if others:
+            delta = ops.quantize_int8(self._sum(place, others))
+        layer.put_beside(_stacked(layer, low) if low else None, delta)
+        own, *beside = layer.weight.sampled(SAMPLED)
+        return _relative(sum(beside), own) if beside else 0.0
 
-def _parameter(layer: nn.Module, place: tuple[str, str]) -> Tensor:
+
+def _parameter(layer: nn.Module, place: tuple[str, str]) -> Tensor | Int8Weight:
     found = getattr(layer, place[1].rpartition(".")[2], None)
     if found is None:
         raise ValueError(f"{'.'.join(place)} is not in the model, but the LoRA changes it")
-    if found.is_meta:
+    kinds = (Tensor, nn.Parameter, Int8Weight)
+    if type(found) not in kinds or (isinstance(found, Tensor) and not found.is_floating_point()):
+        raise ValueError(f"{'.'.join(place)} is quantised, as {type(found).__name__}")
+    if isinstance(found, Tensor) and found.is_meta:
         raise ValueError(f"{'.'.join(place)} must be in memory for a LoRA, got the meta device")
     return found
 
@@ -143,28 +204,13 @@ def _relative(change: Tensor, base: Tensor) -> float:
     return change.norm().item() / size if size else 0.0
 
 
-def _sum(base: Tensor, changes: Iterable[tuple[Update, float]]) -> Tensor:
-    total = torch.zeros_like(base)
-    for update, strength in changes:
-        update.add_to(total, base, strength)
-    return total
-
-
-def _put_beside(layer: Int8Linear, changes: list[tuple[Update, float]]) -> float:
-    low = [change for change in changes if change[0].factors]
-    others = [change for change in changes if not change[0].factors]
-    layer.put_beside(_stacked(layer, low) if low else None, _own_grid(layer, others))
-    own, *beside = layer.weight.sampled(SAMPLED)
-    return _relative(sum(beside), own) if beside else 0.0
-
-
 def _stacked(layer: Int8Linear, changes: list[tuple[Update, float]]) -> LowRank:
     """All low ranks of a layer as one: the downs above each other, the ups side by side."""
     options = {"dtype": torch.float32, "device": layer.values.device}
     downs, ups, blocks = [], [], []
     for update, strength in changes:
         down, up = (factor.to(**options) for factor in update.factors)
-        for rows, own in update.rows:
+        for _, rows, own in update.places:
             blocks.append((range(layer.out_features)[rows], sum(map(len, downs)), len(down)))
             ups.append(strength * up[own])
         downs.append(down)
@@ -172,19 +218,6 @@ def _stacked(layer: Int8Linear, changes: list[tuple[Update, float]]) -> LowRank:
     for (rows, column, rank), up in zip(blocks, ups, strict=True):
         whole[rows.start : rows.stop, column : column + rank] = up
     return LowRank(torch.cat(downs), whole)
-
-
-def _own_grid(
-    layer: Int8Linear, changes: list[tuple[Update, float]]
-) -> tuple[Tensor, Tensor] | None:
-    if not changes:
-        return None
-    if layer.rotation:
-        raise ValueError(
-            "a LoRA on a weight that ConvRot has turned must be of low rank, got another kind"
-        )
-    base = Int8Weight(layer.values, layer.scale).dequantised(torch.float32)
-    return ops.quantize_int8(_sum(base, changes))
 
 
 # kinds
