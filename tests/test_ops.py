@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch import library as torch_library
 
-from fluxkern import ops
+from fluxkern import ops, reference
 from fluxkern.cases import CASES, TEST_SIZES, Maker, Sizes, normal, tables
 from fluxkern.testing import readable
 
@@ -874,3 +875,122 @@ def test_guidance_rounds_in_its_own_dtype(dtype: torch.dtype, angle: int):
 def test_timestep_embedding_refuses(t: Tensor, dim: int, expected: str):
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         ops.timestep_embedding(t, dim)
+
+
+# a wrong call after a right one
+
+
+def not_dense(t: Tensor) -> dict[str, Any]:
+    """By what it is, all of the type torch.Tensor but the last two."""
+    several = t if t.ndim > 1 else t[None]
+    with warnings.catch_warnings(action="ignore"):  # quantised and nested ones are to go
+        return {
+            "sparse": t.clone().to_sparse(),
+            "compressed": several.flatten(0, -2).to_sparse_csr(),
+            "quantised": torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+            "nested": torch.nested.nested_tensor([one.clone() for one in several]),
+            "none": None,
+            "array": t.float().numpy(),
+        }
+
+
+@pytest.mark.parametrize("kind", ["sparse", "compressed", "quantised", "nested", "none", "array"])
+@pytest.mark.parametrize("name, argument", tensor_arguments())
+def test_what_is_not_a_dense_tensor_is_refused_by_name_after_a_right_call(
+    name: str, argument: str, kind: str
+):
+    args = make(name, TINY, torch.float32)
+    call(name, dict(args))
+    wrong = not_dense(args[argument])[kind]
+    if wrong is None and argument == "bias" and name != "group_norm_silu":
+        pytest.skip("may be None")
+    with pytest.raises(TypeError, match=f"^{argument} must be a (dense )?tensor, got"):
+        call(name, args | {argument: wrong})
+
+
+@pytest.mark.parametrize("name, argument", tensor_arguments())
+def test_a_wrong_rank_is_refused_by_name_after_a_right_call(name: str, argument: str):
+    args = make(name, TINY, torch.float32)
+    call(name, dict(args))
+    if name.startswith("gelu_tanh"):
+        pytest.skip("takes any rank")
+    with pytest.raises(ValueError, match=f"^{argument} must be "):
+        call(name, args | {argument: args[argument].new_zeros(())})
+
+
+@pytest.mark.parametrize("name", ["qk_norm_rope", "joint_qk_norm_rope", "rope_attention"])
+def test_fp64_tables_are_taken_after_fp32_ones(name: str):
+    args = make(name, TINY, torch.float32)
+    expected = call(name, args)
+    wide = call(name, args | {"cos": args["cos"].double(), "sin": args["sin"].double()})
+    for o, e in zip(wide, expected, strict=True):
+        torch.testing.assert_close(o, e)
+
+
+def test_modulation_refuses_a_vec_with_gaps_on_every_backend():
+    args = make("modulation", TINY, torch.float32)
+    wide = args["vec"].repeat_interleave(2, -1)[..., ::2]
+    for backend in ("reference", None):
+        with pytest.raises(ValueError, match=r"^vec must be contiguous on its last axis, got"):
+            call("modulation", args | {"vec": wide}, backend=backend)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4), (5, 0), (4,)], ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+def test_gradients_of_a_linear_of_any_rank_and_of_nothing(shape: tuple, activation: str | None):
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(3, shape[-1]).requires_grad_()
+    bias = torch.randn(3, requires_grad=True)
+    found = torch.autograd.grad(
+        ops.linear(x, weight, bias, activation=activation).sum(), (x, weight, bias)
+    )
+    expected = torch.autograd.grad(
+        reference.linear(x, weight, bias, activation).sum(), (x, weight, bias)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize("other", ["k", "txt_q_weight", "img_k_weight", "cos", "sin"])
+@pytest.mark.parametrize("written", ["q", "k"])
+def test_in_place_form_refuses_operands_that_share_memory(written: str, other: str, calls: int):
+    args = make("qk_norm_rope_", TINY, torch.float32)
+    for _ in range(calls):
+        call("qk_norm_rope_", dict(args))
+    if written == other:
+        other = "q"
+    args[written] = args[written].contiguous()
+    shape = args[other].shape
+    args[other] = args[written].flatten()[: shape.numel()].view(shape)
+    with pytest.raises(ValueError, match=r"must not overlap"):
+        call("qk_norm_rope_", args)
+
+
+def test_q_and_k_that_are_the_same_rows_of_a_projection_are_refused_after_a_right_call():
+    args = make("qk_norm_rope_", TINY, torch.float32)
+    call("qk_norm_rope_", dict(args))
+    with pytest.raises(ValueError, match=r"^q must not overlap k, got memory of both"):
+        call("qk_norm_rope_", args | {"k": args["q"]})
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize("argument", ["x", "weight_scale", "bias"])
+def test_linear_int8_refuses_an_out_that_overlaps_an_input(argument: str, calls: int):
+    weight, weight_scale = ops.quantize_int8(torch.randn(8, 8))
+    args = {"x": torch.randn(8, 8), "weight": weight, "weight_scale": weight_scale}
+    args["bias"] = torch.randn(8)
+    for _ in range(calls):
+        ops.linear_int8(**args, out=torch.empty(8, 8))
+    out = torch.ones(8, 8)
+    args[argument] = out if argument == "x" else out[2]
+    with pytest.raises(ValueError, match=rf"^out must not overlap {argument}, got memory of both"):
+        ops.linear_int8(**args, out=out)
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_parameter_that_is_written_over_its_own_input_is_refused(calls: int):
+    x, weight = torch.nn.Parameter(torch.randn(64, 8)), torch.randn(8, 8)
+    with torch.no_grad():
+        for _ in range(calls):
+            ops.linear(x, weight, out=torch.nn.Parameter(torch.empty(64, 8)))
+        with pytest.raises(ValueError, match=r"^out must not overlap x, got memory of both"):
+            ops.linear(x, weight, out=x)

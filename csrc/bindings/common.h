@@ -107,8 +107,9 @@ struct View {
         const auto begin = uint64_t(data), x_begin = uint64_t(x.data);
         const bool apart =
             begin + extent() * element <= x_begin || x_begin + x.extent() * x.element <= begin;
-        STD_TORCH_CHECK(apart || extent() != numel || x.extent() != x.numel, name,
-                        " must not overlap ", x.name);
+        const bool interleaved = extent() != numel || x.extent() != x.numel;
+        STD_TORCH_CHECK(apart || (interleaved && begin != x_begin), name, " must not overlap ",
+                        x.name);
         return *this;
     }
 };

@@ -100,6 +100,11 @@ void qk_norm_rope_(const Tensor& q, const Tensor& k, const Tensor& txt_q_weight,
                    int64_t txt_len, double eps) {
     const View q_view = output("q", q), k_view = output("k", k);
     k_view.apart_from(q_view);
+    for (const View& out : {q_view, k_view}) {
+        out.apart_from({"txt_q_weight", txt_q_weight}).apart_from({"txt_k_weight", txt_k_weight});
+        out.apart_from({"img_q_weight", img_q_weight}).apart_from({"img_k_weight", img_k_weight});
+        out.apart_from({"cos", cos}).apart_from({"sin", sin});
+    }
     const HeadCall c(q_view, txt_len, length_of(q) - txt_len);
     const Heads none = {}, all_q = c.all(q_view), all_k = c.all(k_view);
     run(q, [&](const kernels::Context& context) {

@@ -75,6 +75,7 @@ void linear_int8_(const Tensor& out, const Tensor& x, const Tensor& weight,
                     "rotation must be 0 or a power of 4 that divides K, got ", rotation);
     c.weight.is(ScalarType::Char);
     scale.is(ScalarType::Float).beside(c.x).has({c.N}).rows();
+    c.out.apart_from(scale);
     c.each(x, [&](const Tokens& from, const Rows& rows, const Tokens& to, const MatrixSizes& sizes,
                   const kernels::Context& context) {
         return kernels::linear_int8(c.dtype, from, rows, static_cast<const float*>(scale.data),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Args = dict[str, Any]
@@ -64,9 +65,14 @@ def fp32(a: Args, name: str) -> None:
         raise ValueError(f"{name} must be torch.float32 or torch.float64, got {dtype}")
 
 
+def has_strides() -> bool:
+    """Whether a kernel may see the tensors: in torch.func the reference does, which takes any."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+
+
 def last_axis_contiguous(a: Args, name: str) -> None:
     value = a[name]
-    if value.ndim and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if value.ndim and value.shape[-1] > 1 and value.stride(-1) != 1 and has_strides():
         raise ValueError(
             f"{name} must be contiguous on its last axis, got stride {value.stride(-1)}"
         )
@@ -92,14 +98,15 @@ def same_tokens(a: Args, name: str, of: str) -> None:
 
 def vector(vec: Tensor) -> Tensor:
     """[B, C] or [B, S, C] -> [B, S, C]."""
-    return vec.unsqueeze(1) if isinstance(vec, Tensor) and vec.ndim == 2 else vec
+    flat = isinstance(vec, Tensor) and vec.ndim == 2 and vec.layout == torch.strided
+    return vec.unsqueeze(1) if flat else vec
 
 
 def vectors(a: Args, *names: str) -> None:
     """Gates, scales and shifts of the tokens of x: [B, S, C], all of one S, and txt_len."""
     batch, _, hidden = a["x"].shape
-    first = a[names[0]]
-    streams = 2 if getattr(first, "ndim", 0) == 3 and first.shape[1] == 2 else 1
+    first = tensor(a, names[0])
+    streams = 2 if first.ndim == 3 and first.shape[1] == 2 else 1
     for name in names:
         rows(a, name, (batch, streams, hidden), "[B, S, C] or [B, C]", "x")
     txt_len(a, "x")
@@ -147,8 +154,8 @@ def rope_tables(a: Args, of: str, length: int) -> None:
 def written(a: Args, name: str, *others: str) -> None:
     """A tensor that is written over: without elements that share memory, also with the others."""
     out = a[name]
-    if torch.compiler.is_compiling() or type(out) is not Tensor:  # no memory to look at
-        return
+    if torch.compiler.is_compiling() or type(out) not in (Tensor, Parameter):
+        return  # no memory to look at
     if torch._debug_has_internal_overlap(out) == 1:
         raise ValueError(f"{name} must not overlap itself, got strides {out.stride()}")
     for other in others:

@@ -9,8 +9,10 @@ backward gives, the reference runs, which torch differentiates to any order.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from inspect import signature
+from math import prod
 from typing import Any
 
 import torch
@@ -52,14 +54,17 @@ def dense(t: Tensor) -> Tensor:
     return t if last and t.numel() else t.clone(memory_format=torch.contiguous_format)
 
 
+def matrix(t: Tensor) -> Tensor:
+    """[..., C] -> [rows, C], of any size; by the one view that batched gradients know."""
+    return t.reshape(prod(t.shape[:-1]), t.shape[-1])
+
+
 def needs_gradient(*args: object) -> bool:
     return is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
 
 
 def transformed() -> bool:
     """Whether a transform of torch.func or a level of forward-mode AD is active."""
-    if torch.compiler.is_compiling():  # its graph goes through the op's Autograd key
-        return False
     return transforms() is not None or forward_ad._current_level >= 0
 
 
@@ -111,6 +116,7 @@ class Op:
         kinds = {a.name: str(a.type) for a in declared.arguments[:-1]}
         self.tensors = tuple(i for i, kind in enumerate(kinds.values()) if "Tensor" in kind)
         self.optional = {name for name, kind in kinds.items() if kind.startswith("Optional")}
+        self.may_lack = {i for i, name in enumerate(kinds) if name in self.optional}
         self.written = [i for i, a in enumerate(declared.arguments) if a.is_write]
         self.reference, self.fake, self.check = reference, fake, check
         self.composed, self.autocast, self.passed_on = composed, autocast, passed_on
@@ -147,10 +153,12 @@ class Op:
         if not torch.compiler.is_compiling() and (run := self._direct(args)):
             try:
                 return run(*args[:-1])
-            except RuntimeError:
-                pass  # of a kernel's own checks: those below name the argument, or let it be raised
+            except Exception:  # noqa: BLE001  of a kernel's own checks or the fake: those below
+                pass  # name the argument, or let it be raised again
         args = self._cast(args)
         self.check(dict(zip(self.arguments, args, strict=False)))
+        if torch.compiler.is_compiling():  # what is active is seen below, by the Autograd key
+            return self.torch_op(*args)
         self._refuse_gradient(args)
         if transformed():
             return self._to_any_order(*args)
@@ -171,10 +179,10 @@ class Op:
         needed, grad = False, is_grad_enabled()
         for i in self.tensors:
             t = args[i]
-            if t is not None:
-                if type(t) not in PLAIN:
-                    return None
+            if type(t) in PLAIN:
                 needed = needed or (grad and t.requires_grad)
+            elif t is not None or i not in self.may_lack:
+                return None
         first = args[self.tensors[0]]
         run = self.ready.get((first.dtype, first.device))
         if not needed or run is None:
@@ -192,7 +200,8 @@ class Op:
         *given, named = args
         first = given[self.tensors[0]]
         if named is None and (run := self.ready.get((first.dtype, first.device))):
-            return run(*given)
+            with suppress(RuntimeError):  # of what this backend does not take, such as fp64 tables
+                return run(*given)
         backend = _backends.choose(self.name, named, given)
         if named is None and _backends.settled(self.name, backend, given):
             if backend.checks and not self.written:

@@ -23,7 +23,7 @@ def _like_x(x: Tensor) -> Tensor:
 def _check(a: _checks.Args) -> None:
     x = _checks.shape(a, "x", (None, None, None, None), "[B, C, H, W]")
     _checks.floating(a, "x")
-    if not (x.is_contiguous() or _is_channels_last(x)):
+    if _checks.has_strides() and not (x.is_contiguous() or _is_channels_last(x)):
         raise ValueError(f"x must be contiguous or channels-last, got strides {x.stride()}")
     channels, num_groups = x.shape[1], a["num_groups"]
     for name in ("weight", "bias"):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _backends, _checks, _load, measured
-from ._op import Op, dense, empty
+from ._op import Op, dense, empty, matrix
 from .gelu_tanh import gelu_tanh
 
 ACTIVATIONS = (None, "gelu_tanh")
@@ -49,10 +49,10 @@ def _check_in_place(a: _checks.Args) -> None:
 
 
 def _gradient(needs: set[str], dout: Tensor, x: Tensor, weight: Tensor) -> dict[str, Tensor | None]:
-    flat = dout.flatten(0, -2) if dout.ndim > 1 else dout.unsqueeze(0)  # [rows, Cout]
+    flat = matrix(dout)
     return {
         "x": dout @ weight if "x" in needs else None,
-        "weight": flat.mT @ x.reshape(flat.shape[0], -1) if "weight" in needs else None,
+        "weight": flat.mT @ matrix(x) if "weight" in needs else None,
         "bias": flat.sum(0) if "bias" in needs else None,
     }
 

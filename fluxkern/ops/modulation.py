@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _checks
-from ._op import Op, empty
+from ._op import Op, empty, matrix
 
 
 def _check(a: _checks.Args) -> None:
@@ -13,13 +13,14 @@ def _check(a: _checks.Args) -> None:
     vec = a["vec"]
     if vec.ndim not in (2, 3):
         raise ValueError(f"vec must be [B, Cin] or [S, B, Cin], got {list(vec.shape)}")
+    _checks.last_axis_contiguous(a, "vec")
     _checks.rows(a, "weight", (None, vec.shape[-1]), "[chunks * C, Cin]", "vec")
     if a["bias"] is not None:
         _checks.rows(a, "bias", a["weight"].shape[:1], "[chunks * C]", "vec")
 
 
 def _gradient(needs: set[str], dout: Tensor, vec: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    rows, x = dout.flatten(0, -2), vec.flatten(0, -2)  # [S B, chunks C], [S B, Cin]
+    rows, x = matrix(dout), matrix(vec)  # [S B, chunks C], [S B, Cin]
     s = x.sigmoid()
     dvec = ((rows @ weight) * s * (1 + x * (1 - s))).view_as(vec)
     return {
@@ -49,7 +50,8 @@ def modulation(
     out = chunk(silu(vec) weight^T + bias, chunks)
 
     Args:
-        vec: [B, Cin], or [S, B, Cin] for the S steps of a whole schedule; floating point.
+        vec: [B, Cin], or [S, B, Cin] for the S steps of a whole schedule; floating point,
+            last axis contiguous.
         weight: [chunks * C, Cin], dtype of vec, last axis contiguous.
         bias: [chunks * C], dtype of vec, contiguous, or None.
         chunks: number of vectors: 6 in a double block, 3 in a single one, 2 in the last layer.
@@ -66,6 +68,8 @@ def modulation(
     Gradients: vec, weight, bias, to any order.
     Source: Peebles and Xie, DiT; black-forest-labs/flux, modules/layers.py, Modulation.
     """
-    if isinstance(weight, Tensor) and weight.ndim == 2 and (chunks < 1 or weight.shape[0] % chunks):
-        raise ValueError(f"chunks must divide the rows of weight, {weight.shape[0]}, got {chunks}")
+    if isinstance(weight, Tensor) and weight.ndim == 2 and not weight.is_nested:
+        rows = weight.shape[0]
+        if chunks < 1 or rows % chunks:
+            raise ValueError(f"chunks must divide the rows of weight, {rows}, got {chunks}")
     return _op(vec, weight, bias, backend).chunk(chunks, -1)

@@ -177,8 +177,8 @@ def _check_in_place(a: _checks.Args) -> None:
     _checks.head_weights(a, "q", *STREAM_WEIGHTS)
     _checks.rope_tables(a, "q", a["q"].shape[1])
     _checks.txt_len(a, "q")
-    _checks.written(a, "q", "k")
-    _checks.written(a, "k")
+    for name, other in (("q", "k"), ("k", "q")):
+        _checks.written(a, name, other, *STREAM_WEIGHTS, "cos", "sin")
 
 
 _in_place_op = Op(
