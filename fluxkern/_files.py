@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ PICKLES = {".bin", ".pt", ".ckpt", ".pth", ".pkl", ".pickle"}
 SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
 ASIDE = ".fluxkern-", ".tmp"  # how the name of a folder of unfinished files begins and ends
 ALL = re.compile(r"(?s).*")
+PATIENCE = 60  # seconds; a writer holds a folder while it renames, no longer
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
@@ -246,6 +248,7 @@ def new_folder(folder: Path, own: re.Pattern[str] | None = None) -> Iterator[Pat
         unfinished = aside / "new"
         unfinished.mkdir()
         yield unfinished
+        _sync(unfinished)
         with _locked(folder.parent):
             _check_replaceable(folder, own)
             if own and folder.exists():
@@ -378,21 +381,32 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path, *, wait: bool) -> int | None:
-    """The descriptor that holds a folder till it is closed; None where that cannot be had."""
+    """The descriptor that holds a folder till it is closed; None where that cannot be had.
+
+    Raises:
+        TimeoutError: `wait` is set and another process has not let go of it.
+    """
     try:
         held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW * (not wait))
     except OSError:
         return None
+    busy = False
     with suppress(OSError):
-        if hold(held, wait=wait):
+        if hold(held, patience=PATIENCE * wait):
             return held
+        busy = wait
     os.close(held)
+    if busy:
+        what = f"another process has locked it for {PATIENCE} s"
+        raise TimeoutError(errno.ETIMEDOUT, what, str(folder))
     return None
 
 
-def hold(descriptor: int, *, wait: bool = False) -> bool:
+def hold(descriptor: int, *, patience: float = 0) -> bool:
     """Holds an open file against others until it is closed.
 
+    Args:
+        patience: seconds to wait for another to let go of it.
     Returns:
         False where another has it.
     Raises:
@@ -400,11 +414,15 @@ def hold(descriptor: int, *, wait: bool = False) -> bool:
     """
     if fcntl is None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))
-    except BlockingIOError:
-        return False
-    return True
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.005)
 
 
 def _sync(folder: Path) -> None:

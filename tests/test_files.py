@@ -300,6 +300,24 @@ def test_two_writers_wait_for_each_other_at_the_end(tmp_path):
     assert contents(tmp_path) == {"name": "x"}
 
 
+@pytest.mark.parametrize("write", ["file", "folder"])
+def test_who_does_not_let_go_of_a_folder_is_not_waited_for_without_end(
+    tmp_path, monkeypatch, write
+):
+    monkeypatch.setattr(_files, "PATIENCE", 0.2)
+    holder = "import time; print(flush=True); time.sleep(60)"
+    command = ["flock", str(tmp_path), sys.executable, "-c", holder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as other:
+        other.stdout.readline()
+        with pytest.raises(TimeoutError, match="another process has locked it for 0.2 s"):
+            if write == "file":
+                write_files(tmp_path, {"name": text("x")})
+            else:
+                replace(tmp_path / "new", ours="x")
+        os.killpg(other.pid, signal.SIGKILL)
+    assert list(tmp_path.iterdir()) == []
+
+
 # permissions
 
 
