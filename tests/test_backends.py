@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -264,3 +265,19 @@ def test_a_wrong_variable_is_refused_at_import_with_the_known_values():
     assert done.stderr.splitlines()[-1] == (
         "ValueError: FLUXKERN_BACKEND must be one of cuda, triton, cpu, reference, got 'tritn'"
     )
+
+
+def test_a_choice_that_another_thread_changes_meanwhile_is_not_kept(
+    plant: Callable[[str, Backend], None],
+):
+    """The other thread comes between the choice and its keeping: here, inside `unsupported`."""
+    x, stack, changes = torch.randn(4), ExitStack(), [ops.use_backend("reference")]
+
+    def change(*_: object) -> None:
+        if changes:
+            stack.enter_context(changes.pop())
+
+    plant("gelu_tanh", Backend("cpu", lambda x: x + 7, change, by_dtype=True, checks=True))
+    with stack:
+        assert torch.equal(ops.gelu_tanh(x), x + 7)
+        assert torch.equal(ops.gelu_tanh(x), ops.gelu_tanh(x, backend="reference"))

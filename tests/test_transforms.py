@@ -4,11 +4,12 @@ In fp64, where the plain composition is exact to rounding, on the op's own Autog
 backend would run; the fused backward is tested in test_contract.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -308,3 +309,28 @@ def test_flops_are_those_of_the_products(name: str):
         torch.autograd.grad(sum(o.sum() for o in out), leaves)
     times = 3.5 if "attention" in name else 3
     assert counter.get_total_flops() == times * forward
+
+
+@pytest.fixture
+def autocast_of_a_gpu() -> Iterator[None]:
+    """Also on a machine without one; for tensors without memory."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.autocast_increment_nesting()
+    with FakeTensorMode():
+        yield
+    torch.autocast_decrement_nesting()
+    torch.set_autocast_enabled("cuda", False)
+
+
+def test_activations_and_residuals_stay_in_half_precision_under_a_gpus_autocast(
+    autocast_of_a_gpu: None,
+):
+    """As torch's linear, gelu and sums; with a gradient a linear calls gelu_tanh."""
+    x, y, gate = (torch.empty(2, n, 8, dtype=torch.bfloat16, device="cuda") for n in (5, 5, 1))
+    weight = torch.empty(8, 8, device="cuda")
+    assert ops.linear(x, weight, activation=None).dtype == torch.bfloat16
+    assert ops.gelu_tanh(x).dtype == torch.bfloat16
+    assert ops.gated_residual(x, y, gate).dtype == torch.bfloat16
+    assert ops.gated_residual(x, y, gate.float()).dtype == torch.float32
+    assert ops.norm_modulate(x, gate, gate).dtype == torch.float32  # as torch's layer_norm

@@ -86,7 +86,8 @@ class Op:
         composed: called with the arguments and `backend` where a gradient is needed, gives the same
             by other ops; or None, where `gradient` is to be taken after all. The reference if
             neither is given.
-        autocast: "lower" as torch's linear, "widest" as its layer_norm, None casts nothing.
+        autocast: "lower" as torch's linear, "widest" as its layer_norm, "promote" as its
+            addcmul, None casts nothing.
         flops: called with the arguments, gives those of the matrix products.
         triton: module of fluxkern/kernels with a launcher of the op's name. Kernels of the compiled
             objects are found by the name alone.
@@ -139,13 +140,16 @@ class Op:
         private = f"{self.name}({', '.join([arguments, *outs])}) -> ()"
         _load.declare(self.name, private.replace("SymInt", "int"), self.fake, triton)
         _backends.register(self.name, _backends.Backend("reference", self._dense_reference))
-        _backends.when_changed(self.ready.clear)
+        _backends.when_changed(self._forget)
         qualified = _ops.add_op_namespace_prefix(self.name)
         torch_library.impl(qualified, "default", self._run)
         torch_library.register_fake(qualified, lambda *args: self.fake(*args[:-1]))
         library.impl(self.name, self._autograd, "Autograd", with_keyset=True)
         for device, key in AUTOCAST_KEYS.items() if self.autocast else ():
             library.impl(self.name, self._autocast(device, key), key)
+
+    def _forget(self) -> None:
+        self.ready = {}  # another one: what a thread is about to keep goes into the old
 
     # a call
 
@@ -199,15 +203,16 @@ class Op:
         """The torch op's kernel, below autograd."""
         *given, named = args
         first = given[self.tensors[0]]
-        if named is None and (run := self.ready.get((first.dtype, first.device))):
+        ready, key = self.ready, (first.dtype, first.device)
+        if named is None and (run := ready.get(key)):
             with suppress(RuntimeError):  # of what this backend does not take, such as fp64 tables
                 return run(*given)
         backend = _backends.choose(self.name, named, given)
         if named is None and _backends.settled(self.name, backend, given):
             if backend.checks and not self.written:
-                self.ready[first.dtype, first.device] = backend.run
+                ready[key] = backend.run
             else:
-                self.ready[first.dtype, first.device] = partial(self._again, backend)
+                ready[key] = partial(self._again, backend)
         self._count_as_written(given)
         return _backends.execute(self.name, named, backend, given)
 
@@ -303,7 +308,8 @@ class Op:
     def _autocast_dtype(self, device: str, dtypes: list[torch.dtype]) -> torch.dtype:
         if self.autocast == "lower" and torch.float64 not in dtypes:
             return torch.get_autocast_dtype(device)
-        widest = torch.float32 if device == "cuda" else dtypes[0]  # as torch's layer_norm
+        wide = device == "cuda" and self.autocast == "widest"  # as torch's layer_norm
+        widest = torch.float32 if wide else dtypes[0]
         for dtype in dtypes:
             widest = torch.promote_types(widest, dtype)
         return widest

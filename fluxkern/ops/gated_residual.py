@@ -28,6 +28,7 @@ _op = Op(
     _check,
     gradient=_backward,
     passed_on=lambda dx_new: {"x": dx_new},
+    autocast="promote",
     triton="gated_residual",
 )
 

@@ -16,6 +16,7 @@ _backward = Op(
     "gelu_tanh_backward(Tensor dy, Tensor x) -> (Tensor dx)",
     reference.gelu_tanh_backward,
     lambda dy, x: empty(x),
+    autocast=None,
     triton="gelu_tanh",
 )
 _op = Op(
@@ -24,6 +25,7 @@ _op = Op(
     empty,
     _check,
     gradient=_backward,
+    autocast=None,
     triton="gelu_tanh",
 )
 

@@ -12,6 +12,7 @@ _op = Op(
     fp8_rows,
     check_channels,
     gradient=False,
+    autocast=None,
     triton="gelu_tanh_fp8",
 )
 
