@@ -303,7 +303,9 @@ def group_offload(kind: str) -> Callable:
 
 
 @pytest.mark.parametrize(
-    "place", [sequential_offload, model_offload, "block_level", "leaf_level"], ids=str
+    "place",
+    [sequential_offload, model_offload, "block_level", "leaf_level"],
+    ids=lambda place: getattr(place, "__name__", place),
 )
 @torch.no_grad()
 def test_offloaded_weights_are_there_where_they_are_used(place: Callable | str, tmp_path):
