@@ -994,3 +994,24 @@ def test_a_parameter_that_is_written_over_its_own_input_is_refused(calls: int):
             ops.linear(x, weight, out=torch.nn.Parameter(torch.empty(64, 8)))
         with pytest.raises(ValueError, match=r"^out must not overlap x, got memory of both"):
             ops.linear(x, weight, out=x)
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize("value", [None, 1.0, "1"], ids=repr)
+@pytest.mark.parametrize(
+    "name, argument",
+    [
+        (n, a)
+        for n in CASES
+        for a in ("txt_len", "num_groups", "chunks")
+        if a in make(n, TINY, torch.float32)
+    ],
+)
+def test_what_is_no_integer_is_refused_by_name(name: str, argument: str, value: Any, calls: int):
+    args = make(name, TINY, torch.float32)
+    for _ in range(calls):
+        call(name, dict(args))
+    expected = f"^{argument} must be an integer, got {type(value).__name__}$"
+    with pytest.raises(TypeError, match=expected):
+        call(name, args | {argument: value})
+    call(name, args | {argument: np.int64(args[argument])})

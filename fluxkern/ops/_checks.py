@@ -115,7 +115,14 @@ def vectors(a: Args, *names: str) -> None:
         raise ValueError(f"txt_len must be 0 where vectors have one stream, S = 1, got {found}")
 
 
+def integer(a: Args, name: str) -> None:
+    value = a[name]
+    if not isinstance(value, int) and not hasattr(value, "__index__"):  # as a NumPy integer has it
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+
+
 def txt_len(a: Args, of: str) -> None:
+    integer(a, "txt_len")
     length, found = a[of].shape[1], a["txt_len"]
     if not 0 <= found <= length:
         raise ValueError(f"txt_len must be between 0 and the tokens of {of}, {length}, got {found}")

@@ -26,6 +26,7 @@ def _check(a: _checks.Args) -> None:
     if _checks.has_strides() and not (x.is_contiguous() or _is_channels_last(x)):
         raise ValueError(f"x must be contiguous or channels-last, got strides {x.stride()}")
     channels, num_groups = x.shape[1], a["num_groups"]
+    _checks.integer(a, "num_groups")
     for name in ("weight", "bias"):
         _checks.rows(a, name, (channels,), "[C]", "x")
     if num_groups < 1 or channels % num_groups:

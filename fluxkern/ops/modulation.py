@@ -68,6 +68,7 @@ def modulation(
     Gradients: vec, weight, bias, to any order.
     Source: Peebles and Xie, DiT; black-forest-labs/flux, modules/layers.py, Modulation.
     """
+    _checks.integer({"chunks": chunks}, "chunks")
     if isinstance(weight, Tensor) and weight.ndim == 2 and not weight.is_nested:
         rows = weight.shape[0]
         if chunks < 1 or rows % chunks:
