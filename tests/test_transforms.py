@@ -334,3 +334,17 @@ def test_activations_and_residuals_stay_in_half_precision_under_a_gpus_autocast(
     assert ops.gated_residual(x, y, gate).dtype == torch.bfloat16
     assert ops.gated_residual(x, y, gate.float()).dtype == torch.float32
     assert ops.norm_modulate(x, gate, gate).dtype == torch.float32  # as torch's layer_norm
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_int8", "qk_norm_rope_", "gelu_tanh_fp8"])
+def test_what_has_no_gradient_says_so_under_a_transform(name: str):
+    args = CASES[name].inputs(Maker(SIZES, torch.float32))
+    first = next(iter(args))
+    if "linear" in name:
+        args["out"] = torch.empty(2, 5, 24)
+
+    def run(t: Tensor) -> Tensor:
+        return outputs(getattr(ops, name), args | {first: t})[0]
+
+    with pytest.raises(ValueError, match="has no gradient: expected no transform of torch.func"):
+        torch.func.jvp(run, (args[first],), (args[first],))

@@ -161,7 +161,7 @@ def rope_tables(a: Args, of: str, length: int) -> None:
 def written(a: Args, name: str, *others: str) -> None:
     """A tensor that is written over: without elements that share memory, also with the others."""
     out = a[name]
-    if torch.compiler.is_compiling() or type(out) not in (Tensor, Parameter):
+    if torch.compiler.is_compiling() or type(out) not in (Tensor, Parameter) or not has_strides():
         return  # no memory to look at
     if torch._debug_has_internal_overlap(out) == 1:
         raise ValueError(f"{name} must not overlap itself, got strides {out.stride()}")
