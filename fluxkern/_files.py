@@ -249,7 +249,7 @@ def new_folder(folder: Path, own: re.Pattern[str] | None = None) -> Iterator[Pat
         unfinished.mkdir()
         yield unfinished
         _sync(unfinished)
-        with _locked(folder.parent):
+        with _locked(folder.parent), _locked(folder):
             _check_replaceable(folder, own)
             if own and folder.exists():
                 _carry_over(folder, unfinished, own)
@@ -373,11 +373,21 @@ def _bring_back(moved: Path, folder: Path) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """Keeps other writers out of a folder, where its file system has locks."""
     held = _lock(folder, wait=True)
+    while held is not None and not _leads_to(folder, held):
+        os.close(held)  # another took its place while we waited
+        held = _lock(folder, wait=True)
     try:
         yield
     finally:
         if held is not None:
             os.close(held)
+
+
+def _leads_to(folder: Path, held: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(folder), os.fstat(held))
+    except FileNotFoundError:  # then nobody holds another of this name
+        return True
 
 
 def _lock(folder: Path, *, wait: bool) -> int | None:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,26 @@ def test_two_writers_wait_for_each_other_at_the_end(tmp_path):
     os.close(held)
     thread.join()
     assert contents(tmp_path) == {"name": "x"}
+
+
+def test_what_was_written_in_a_folder_that_is_replaced_meanwhile_stays(tmp_path):
+    folder, kept, ended = tmp_path / "folder", set(), threading.Event()
+    folder.mkdir()
+
+    def write() -> None:
+        for i in range(60):
+            with suppress(FileNotFoundError):  # its unfinished file went with the old folder
+                write_files(folder, {str(i): text("x")})
+                kept.add(str(i))
+        ended.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not ended.is_set():
+        with suppress(shutil.Error):  # an unfinished file of the other went while it was linked
+            replace(folder, ours="new")
+    thread.join()
+    assert len(kept) > 20 and kept <= {p.name for p in folder.iterdir()}
 
 
 @pytest.mark.parametrize("write", ["file", "folder"])
