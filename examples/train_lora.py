@@ -99,6 +99,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     if args.output:
         pipe.transformer.save_lora_adapter(args.output)
+        fluxkern.FluxPipeline.from_pretrained(folder).load_lora(args.output)  # reads every key
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"losses": losses, "seconds": seconds, "peak_mib": round(peak)}))
 

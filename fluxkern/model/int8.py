@@ -1,7 +1,8 @@
 """The linear layers of a transformer's blocks in 8 bits."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._modules import autocast_dtype
 
+BLOCK = 64  # rows of an output that are changed together
 _BESIDE = ("down", "up", "delta", "delta_scale")
 
 
@@ -31,11 +33,17 @@ class LowRank(NamedTuple):
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """Adds the product with x [..., Cin] to y [..., Cout]."""
         inner, up = F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype)
-        if y.ndim != 3:
+        if y.ndim < 2:
             y += F.linear(inner, up)
             return
-        for rows, own in zip(y, inner, strict=True):  # without a second y
+        for rows, own in zip(_blocks(y), _blocks(inner), strict=True):  # without a second y
             rows.addmm_(own, up.mT)
+
+
+def _blocks(x: Tensor) -> Iterator[Tensor]:
+    """Views [L, C] of [..., L, C] with so few rows that they stay in a cache."""
+    for index in product(*map(range, x.shape[:-2])):
+        yield from x[index].split(BLOCK)
 
 
 class Int8Weight:
@@ -99,9 +107,9 @@ class Int8Weight:
         y = ops.linear_int8(x, self.values, self.scale, bias, **options)
         for part in self.beside:
             part.add_to(y, x)
-        if activation is None:
-            return y
-        return ops.gelu_tanh(y) if out is None else out.copy_(ops.gelu_tanh(y))
+        for rows in _blocks(y) if activation else ():
+            rows.copy_(ops.gelu_tanh(rows))
+        return y
 
 
 class Int8Linear(nn.Module):
