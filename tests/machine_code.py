@@ -167,11 +167,13 @@ def launcher(op: str) -> Callable:
 
 
 def kernel_ops() -> list[str]:
-    """Those with a Triton launcher; the joint form where there is one: same kernels."""
+    """Those with a Triton launcher, forward first: a kernel of both has its budget there; the joint
+    form where there is one: same kernels."""
     from fluxkern.ops import _load
 
     known = _load.triton_modules()
-    return [op for op in known if f"joint_{op.rstrip('_')}" not in known]
+    ops = [op for op in known if f"joint_{op.rstrip('_')}" not in known]
+    return sorted(ops, key=lambda op: op.endswith("_backward"))
 
 
 VARIANTS = ("rope_attention",)  # ops that launch the kernels of others, specialised otherwise

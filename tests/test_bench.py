@@ -162,12 +162,12 @@ def test_a_wrong_result_is_refused(provider: str, fault: str):
         bench.verify("norm_modulate", provider, wrong, args, *truths_of("norm_modulate", args))
 
 
-def out_of_memory(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def out_of_memory(x: Tensor, y: Tensor, gate: Tensor, txt_len: int) -> Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_provider_that_is_wrong_or_fails_is_not_timed_and_ends_nothing():
-    more = {"wrong": lambda x, y, gate: x + y, "fails": out_of_memory}
+    more = {"wrong": lambda x, y, gate, txt_len: x + y, "fails": out_of_memory}
     only = ("eager", *more)
     found = bench.measure("gated_residual", "odd", "fp32", only=only, more=more)
     assert [row.provider for row in found.rows] == ["copy", "eager"]
@@ -187,7 +187,7 @@ def test_a_wrong_torch_compile_is_not_timed_and_its_error_is_given(
 
     def with_a_wrong_one(*args: object) -> tuple[dict, dict]:
         named, skipped = right(*args)
-        return named | {"compile": lambda x, y, gate: x + y}, skipped
+        return named | {"compile": lambda x, y, gate, txt_len: x + y}, skipped
 
     monkeypatch.setattr(bench.compare, "providers", with_a_wrong_one)
     found = bench.measure("gated_residual", "odd", "fp32", only=("eager", "compile"))
@@ -214,19 +214,20 @@ def test_a_backward_of_another_backend_is_refused():
 
     class Mixed(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, y, gate):
+        def forward(ctx, x, y, gate, txt_len):
             ctx.save_for_backward(x, y, gate)
-            return ops.gated_residual(x, y, gate, backend="reference")
+            ctx.txt_len = txt_len
+            return ops.gated_residual(x, y, gate, txt_len, backend="reference")
 
         @staticmethod
         def backward(ctx, dx_new):
             x, y, gate = ctx.saved_tensors
-            dy, dgate = reference.gated_residual_backward(dx_new, y, gate)
-            return dx_new, dy, dgate
+            dy, dgate = reference.gated_residual_backward(dx_new, y, gate, ctx.txt_len)
+            return dx_new, dy, dgate, None
 
     args = args_of("gated_residual")
     forward, backward = truths_of("gated_residual", args)
-    run = lambda x, y, gate: Mixed.apply(x, y, gate)  # noqa: E731
+    run = lambda x, y, gate, txt_len: Mixed.apply(x, y, gate, txt_len)  # noqa: E731
     bench.verify("gated_residual", "reference", run, args, forward)
     with pytest.raises(WrongResult, match="by reference: gated_residual on reference ran"):
         bench.verify("gated_residual", "reference", run, args, backward)
