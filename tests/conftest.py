@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -19,6 +20,8 @@ if not torch.cuda.is_available():
 from fluxkern import ops  # noqa: E402  after the environment is as kernels read it
 from fluxkern.ops import Backend, _backends  # noqa: E402
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited from a shell's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.getLogger("torch.__trace").propagate = False  # pytest would format every record: 8x slower
 
 
