@@ -14,7 +14,7 @@ inline bool is_rotation(int64_t n, int64_t K) {
     if (n == 0) return true;
     const int64_t given = n;
     while (n > 1 && n % 4 == 0) n /= 4;
-    return n == 1 && given > 1 && K % given == 0;
+    return n == 1 && K % given == 0;
 }
 
 }  // namespace fluxkern

@@ -71,7 +71,7 @@ void linear_int8_(const Tensor& out, const Tensor& x, const Tensor& weight,
     const View scale("weight_scale", weight_scale);
     STD_TORCH_CHECK(c.K <= MOST_CHANNELS, "x must have at most ", MOST_CHANNELS, " channels, got ",
                     c.K);
-    STD_TORCH_CHECK(is_rotation(rotation, c.K),
+    STD_TORCH_CHECK(rotation != 1 && is_rotation(rotation, c.K),
                     "rotation must be 0 or a power of 4 that divides K, got ", rotation);
     c.weight.is(ScalarType::Char);
     scale.is(ScalarType::Float).beside(c.x).has({c.N}).rows();

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Args = dict[str, Any]
+COLLECTIVES = "torch.distributed._functional_collectives"  # whose tensors wait when an op is called
 
 
 def tensor(a: Args, name: str) -> Tensor:
@@ -21,7 +22,9 @@ def tensor(a: Args, name: str) -> Tensor:
     if value.layout != torch.strided or value.is_quantized or value.is_nested:
         kind = "quantized" if value.is_quantized else "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} must be a dense tensor, got a {kind} one")
-    if not torch.compiler.is_compiling() and is_traceable_wrapper_subclass(value):
+    if torch.compiler.is_compiling() or type(value).__module__ == COLLECTIVES:
+        return value
+    if is_traceable_wrapper_subclass(value):
         raise TypeError(f"{name} must be a plain tensor, got {type(value).__name__}")
     return value
 

@@ -25,6 +25,7 @@ from . import _backends, _flops, _load
 
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
+WRONG_ARGUMENTS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
 FP32 = ("cos", "sin", "weight_scale")  # whatever the other dtypes, also under autocast
 library = torch_library.Library(_ops.add_op_namespace_prefix("").rstrip(":"), "FRAGMENT")
 is_grad_enabled = torch.is_grad_enabled
@@ -157,7 +158,7 @@ class Op:
         if not torch.compiler.is_compiling() and (run := self._direct(args)):
             try:
                 return run(*args[:-1])
-            except Exception:  # noqa: BLE001  of a kernel's own checks or the fake: those below
+            except WRONG_ARGUMENTS:  # of a kernel's own checks or the fake: those below
                 pass  # name the argument, or let it be raised again
         args = self._cast(args)
         self.check(dict(zip(self.arguments, args, strict=False)))
