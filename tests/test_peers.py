@@ -7,7 +7,7 @@ import pytest
 
 from fluxkern import bench
 
-PACKAGE = "comfy-kitchen"
+PACKAGE, SHAPE = "comfy-kitchen", "one stream of FLUX's width"  # the peers take one stream
 RIGHT = """
 import torch
 
@@ -33,7 +33,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def compared() -> bench.Comparison:
-    return bench.measure("norm_modulate", "compact", "fp32", rounds=3, only=("eager", PACKAGE))
+    return bench.measure("norm_modulate", SHAPE, "fp32", rounds=3, only=("eager", PACKAGE))
 
 
 def test_a_peer_that_is_not_installed_is_listed_as_absent():
@@ -45,7 +45,7 @@ def test_a_peer_that_is_not_installed_is_listed_as_absent():
 
 def test_a_peer_that_nobody_asked_for_is_not_loaded(installed):
     installed("import no_such_module")
-    found = bench.measure("norm_modulate", "compact", "fp32", rounds=0, only=("eager",))
+    found = bench.measure("norm_modulate", SHAPE, "fp32", rounds=0, only=("eager",))
     assert set(found.verified) == {"eager"} and not found.failed
 
 
@@ -75,6 +75,6 @@ def test_a_wrong_peer_is_not_timed(installed):
 def test_a_peer_without_a_backward_is_not_asked_for_one(installed):
     installed(RIGHT)
     found = bench.measure(
-        "norm_modulate", "compact", "fp32", "backward", rounds=0, only=("eager", PACKAGE)
+        "norm_modulate", SHAPE, "fp32", "backward", rounds=0, only=("eager", PACKAGE)
     )
     assert set(found.verified) == {"eager"}

@@ -32,10 +32,16 @@ def rows_of(x: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
     return x.flatten(0, 1), *(v.flatten() for v in vectors)
 
 
-def comfy_norm_modulate(args: Args) -> Callable:
+def one_stream(args: Args) -> bool:
+    """Others take one vector for all tokens."""
+    return args["scale"].shape[1] == 1
+
+
+def comfy_norm_modulate(args: Args) -> Callable | None:
     import comfy_kitchen
 
-    return lambda x, scale, shift: comfy_kitchen.adaln(x, scale, shift)
+    run = lambda x, scale, shift, txt_len: comfy_kitchen.adaln(x, scale, shift)  # noqa: E731
+    return run if one_stream(args) else None
 
 
 def comfy_qk_norm_rope(args: Args) -> Callable:
@@ -55,21 +61,21 @@ def liger_norm_modulate(args: Args) -> Callable | None:
     """A LayerNorm with weights, which the vectors of one batch element are."""
     from liger_kernel.transformers.functional import liger_layer_norm
 
-    def run(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def run(x: Tensor, scale: Tensor, shift: Tensor, txt_len: int) -> Tensor:
         rows, weight, bias = rows_of(x, 1 + scale, shift)
         return liger_layer_norm(rows, weight, bias, 1e-6).view(x.shape)
 
-    return run if args["x"].shape[0] == 1 else None
+    return run if args["x"].shape[0] == 1 and one_stream(args) else None
 
 
 def quack_norm_modulate(args: Args) -> Callable | None:
     from quack.rmsnorm import layernorm_fwd
 
-    def run(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def run(x: Tensor, scale: Tensor, shift: Tensor, txt_len: int) -> Tensor:
         rows, weight, bias = rows_of(x, 1 + scale.float(), shift.float())
         return layernorm_fwd(rows, weight, bias, 1e-6).view(x.shape)
 
-    return run if args["x"].shape[0] == 1 else None
+    return run if args["x"].shape[0] == 1 and one_stream(args) else None
 
 
 def flash_attention(args: Args) -> Callable | None:
