@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is made
 
 from fluxkern import ops  # noqa: E402  after the environment is as kernels read it
-from fluxkern.ops import Backend, _backends  # noqa: E402
+from fluxkern.ops import Backend, _backends, measured  # noqa: E402
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited from a shell's background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -95,6 +95,14 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(autouse=True)
 def _seeded(seed: int) -> None:
     torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _own_tables() -> Iterator[None]:
+    """Set up before what a test changes, so torn down after it: no measured table outlives a test."""
+    yield
+    if any(measured._tables.values()) or measured.problems():
+        measured.forget()
 
 
 @pytest.fixture

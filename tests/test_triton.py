@@ -134,12 +134,6 @@ def test_the_stride_of_an_axis_of_one_is_not_read():
     torch.testing.assert_close(out, x + gate * y)
 
 
-def test_modulation_takes_a_vec_of_any_strides():
-    vec, weight = torch.randn(3, 34)[:, ::2], torch.randn(6, 17)
-    (out,) = ops.modulation(vec, weight, None, 1, backend="triton")
-    torch.testing.assert_close(out, reference.modulation(vec, weight, None))
-
-
 def test_every_kernel_file_begins_with_its_card():
     for file in Path(kernels.__file__).parent.glob("[a-z]*.py"):
         card = file.read_text().split('"""')[1].strip().splitlines()
