@@ -99,7 +99,7 @@ def _seeded(seed: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_tables() -> Iterator[None]:
-    """Set up before what a test changes, so torn down after it: no measured table outlives a test."""
+    """Set up before what a test changes, so torn down after it: no table outlives a test."""
     yield
     if any(measured._tables.values()) or measured.problems():
         measured.forget()
